@@ -1,0 +1,76 @@
+"""The protocol of whatever runs layers. The loops above it know nothing else of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from offramp.batch import Span
+from offramp.meter import Meter
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the loops and the cost model need to know of a model; weights counted in elements."""
+
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    context: int
+    """Most positions of one text."""
+    layer_weights: int
+    """Matrix weights one token multiplies in one decoder layer (a token's own experts only)."""
+    head_weights: int
+    """Matrix weights of the vocabulary head."""
+    kv_weights: int
+    """Matrix weights that make the keys and values of one layer."""
+    fill_weights: int
+    """Matrix weights that this backbone's ``fill`` really multiplies per layer."""
+    attention_size: int
+    """Query heads times head size: context cost per key is 4 x this many operations."""
+    bytes_per_weight: float
+
+
+class Backbone(Protocol):
+    """Runs any layers on any rows of many texts, keeping keys and values per text and layer.
+
+    One thread owns a backbone: its methods are not safe to call at once.
+    """
+
+    shape: Shape
+    meter: Meter
+    batched: bool
+    """Whether texts of different length can share a call."""
+    fingerprint: str
+    """Hash of the configuration and weights, by which plans know their model."""
+
+    def open(self) -> Any:
+        """Return a slot for a new text's keys and values."""
+
+    def close(self, slot: Any) -> None:
+        """Give the slot back."""
+
+    def embed(self, spans: Sequence[Span]) -> Tensor:
+        """Return the inputs of the first layer for these rows, ``[N, D]``."""
+
+    def run(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> Tensor:
+        """Run ``hidden [N, D]`` through ``layers`` in order, appending keys and values.
+
+        Every layer must hold exactly ``span.start`` positions of each span's text.
+        """
+
+    def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:
+        """Append the keys and values that ``layers`` would compute if their input were ``hidden``.
+
+        The same state goes into every layer (CALM, section 3.1; LITE). Layers shorter than a
+        span's start are an error, as for ``run``.
+        """
+
+    def readout(self, hidden: Tensor, depth: int) -> Tensor:
+        """Return logits ``[N, V]`` of states ``[N, D]`` after ``depth`` layers."""
+
+    def trim(self, slot: Any, length: int, *, first_layer: int = 0) -> None:
+        """Forget positions from ``length`` on in every layer from ``first_layer`` on."""
