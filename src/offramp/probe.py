@@ -1,0 +1,74 @@
+"""What a signal or a policy may look at after an exit. Knows no model and no loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from offramp.errors import UsageError
+
+Readout = Callable[[Tensor, int], Tensor]
+"""``(hidden [S, D], depth) -> logits [S, V]``: norm, head and post-processing of that depth."""
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """The rows that ask to leave at one exit.
+
+    ``scores`` holds the signals already known for these rows: what an earlier question computed,
+    or a column of a trace. A probe out of a trace without hidden states has nothing else.
+    """
+
+    depth: int
+    num_layers: int
+    hidden: Tensor | None  # [S, D]
+    readout: Readout | None
+    previous: Probe | None = None
+    """The same rows at the exit before."""
+    scores: dict[str, Tensor] = field(default_factory=dict)  # each [S]
+
+    @property
+    def rows(self) -> Tensor:
+        """Return anything with one entry per row: its length and device are the probe's."""
+        return next(iter(self.scores.values())) if self.hidden is None else self.hidden
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Return ``[S, V]``: computed only when asked for, and reused if the rows leave."""
+        if self.hidden is None or self.readout is None:
+            raise UsageError(
+                "this policy looks at hidden states or logits, which the trace did not keep; "
+                "record it with keep_hidden=True"
+            )
+        return self.readout(self.hidden, self.depth)
+
+    @cached_property
+    def top(self) -> Tensor:
+        """Return the most probable token of each row, ``[S]``."""
+        return self.logits.argmax(-1)
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """Return ``[S, V]`` in fp32."""
+        return torch.softmax(self.logits.float(), -1)
+
+    def take(self, rows: Sequence[int]) -> Probe:
+        """Return the probe of these rows, with what was computed for them."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.rows.device)
+        taken = Probe(
+            self.depth,
+            self.num_layers,
+            None if self.hidden is None else self.hidden[index],
+            self.readout,
+            None if self.previous is None else self.previous.take(rows),
+            {name: score[index] for name, score in self.scores.items()},
+        )
+        # ``cached_property`` keeps its result in ``__dict__``: hand it on, not compute it twice.
+        for name in ("logits", "top", "probabilities"):
+            if name in self.__dict__:
+                taken.__dict__[name] = self.__dict__[name][index]
+        return taken

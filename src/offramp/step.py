@@ -1,0 +1,141 @@
+"""The loop over segments: one step of many texts, each only as deep as its policy wants.
+
+Knows no tokens, sampling or text; whatever decodes calls this and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from offramp.backbone import Backbone
+from offramp.batch import Flow, Span, Text
+from offramp.policy import FULL, Policy
+from offramp.probe import Probe
+
+KV = Literal["exact", "copy"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step found, text by text."""
+
+    logits: Tensor
+    """``[R, V]``: the rows asked for (one per text unless ``tails`` says more), text after text."""
+    depths: list[int]
+    """Layers that chose each text's last row."""
+
+
+@torch.no_grad()
+def step(
+    backbone: Backbone,
+    texts: Sequence[Text],
+    policy: Policy = FULL,
+    *,
+    layers: Sequence[int] | None = None,
+    kv: KV = "exact",
+    stay: Sequence[bool] | None = None,
+    tails: Sequence[int] | None = None,
+    detour: Sequence[int] = (),
+) -> Outcome:
+    """Run each text's new tokens (``ids[done:]``) as deep as ``policy`` wants.
+
+    A token that leaves *waits* in front of the first layer it did not run (``kv="exact"``) and goes
+    on with the next token of its text that gets there, or has its state copied into every deeper
+    layer's keys and values (``kv="copy"``).
+
+    Args:
+        backbone: what runs the layers.
+        texts: the texts, each with at least one new token.
+        policy: where to ask, and whether to leave.
+        layers: the path to run, ascending layer indices; all by default. Depths count along it.
+        kv: what becomes of the layers that a leaving token skips.
+        stay: the texts that run to the end of the path whatever the policy says.
+        tails: how many of the last rows of each text to read out at full depth; 1 by default.
+        detour: layers a leaving token runs on for its choice alone (a draft that skips layers);
+            the caller trims the keys and values it leaves there.
+    """
+    path = range(backbone.shape.num_layers) if layers is None else layers
+    spans = tuple(Span(text, text.done, len(text.ids)) for text in texts)
+    flow = Flow(backbone.embed(spans), spans, tuple(range(len(texts))))
+    for text in texts:
+        text.done = len(text.ids)
+    counts = [1] * len(texts) if tails is None else list(tails)
+    chosen: list[tuple[tuple[int, ...], Probe]] = []  # who left, and what they looked like
+    probe: Probe | None = None
+    for start, stop in _segments(path, policy.exits, texts):
+        flow = flow.drain(path[start])
+        flow = Flow(
+            backbone.run(path[start:stop], flow.hidden, flow.spans), flow.spans, flow.members
+        )
+        if stop == len(path):
+            break
+        asking = [i for i, m in enumerate(flow.members) if stay is None or not stay[m]]
+        if not asking or stop not in policy.exits:
+            continue
+        asked = flow.select(asking)
+        probe = Probe(
+            stop, len(path), asked.tails([1] * len(asking)), backbone.readout, previous=probe
+        )
+        leaving, staying = _split(policy.leave(probe))
+        if leaving:
+            gone = asked.select(leaving)
+            chosen.append((gone.members, _choice(backbone, probe.take(leaving), gone, detour)))
+            _leave(backbone, gone, path[stop:], kv)
+            left = set(gone.members)
+            flow = flow.select(i for i, member in enumerate(flow.members) if member not in left)
+            probe = probe.take(staying)
+        if not flow.spans:
+            break
+    if flow.spans:
+        rows = flow.tails([counts[member] for member in flow.members])
+        chosen.append((flow.members, Probe(len(path), len(path), rows, backbone.readout)))
+    return _collect(chosen, counts)
+
+
+def _segments(
+    path: Sequence[int], exits: Sequence[int], texts: Sequence[Text]
+) -> list[tuple[int, int]]:
+    """Cut the path at every exit and wherever a token waits to go on."""
+    waiting = {path.index(layer) for text in texts for layer in text.waiting}
+    stops = sorted({*exits, *waiting, len(path)})
+    return list(zip([0, *stops], stops, strict=False))
+
+
+def _split(leave: Tensor) -> tuple[list[int], list[int]]:
+    """Return the indices that leave and those that stay: the one host read of an exit."""
+    mask = leave.tolist()
+    return [i for i, out in enumerate(mask) if out], [i for i, out in enumerate(mask) if not out]
+
+
+def _choice(backbone: Backbone, probe: Probe, gone: Flow, detour: Sequence[int]) -> Probe:
+    """Return what chooses the tokens of the rows that leave."""
+    if not detour:
+        return probe
+    hidden = backbone.run(detour, gone.hidden, gone.spans)
+    return Probe(probe.depth + len(detour), probe.num_layers, hidden, backbone.readout)
+
+
+def _leave(backbone: Backbone, gone: Flow, skipped: Sequence[int], kv: KV) -> None:
+    if kv == "copy":
+        backbone.fill(skipped, gone.hidden, gone.spans)
+        return
+    for span, rows in zip(gone.spans, gone.rows(), strict=True):
+        span.text.wait(skipped[0], rows)
+
+
+def _collect(chosen: list[tuple[tuple[int, ...], Probe]], counts: list[int]) -> Outcome:
+    """Read out the rows that have no logits yet, and put all texts back in order."""
+    logits: list[Tensor | None] = [None] * len(counts)
+    depths = [0] * len(counts)
+    for members, probe in chosen:
+        # A text that left has one row; one that ran to the end has as many as were asked for.
+        sizes = [counts[m] if probe.depth == probe.num_layers else 1 for m in members]
+        for member, rows in zip(members, probe.logits.split(sizes), strict=True):
+            logits[member] = rows
+            depths[member] = probe.depth
+    return Outcome(torch.cat([rows for rows in logits if rows is not None]), depths)
