@@ -1,0 +1,1 @@
+"""Opens any Hugging Face causal LM by its own modules; the core's only user of transformers."""

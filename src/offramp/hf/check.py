@@ -1,0 +1,134 @@
+"""The load-time self-check: does running the layers ourselves give the model's own logits?
+
+Four short passes over twelve tokens. What cannot be reproduced is refused with a reason in the
+user's words, before it can be silently wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.batch import Text
+from offramp.errors import UnsupportedModelError
+from offramp.hf.backbone import HFBackbone
+from offramp.policy import FULL, Policy, fixed
+from offramp.step import step
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+"""Largest difference allowed, as a share of the largest logit; half precisions get 5e-2."""
+
+
+def check(backbone: HFBackbone) -> None:
+    """Compare full depth, exits that drain, trimming and a ragged batch with the untouched model.
+
+    Sets ``backbone.batched`` to False where only the ragged batch differs.
+
+    Raises:
+        UnsupportedModelError: anything else differs, or the layers cannot be run one by one.
+    """
+    name = type(backbone.model).__name__
+    ids = _probe_ids(backbone.shape.vocab_size)
+    expected = _untouched(backbone, ids)
+    bound = _TOLERANCE.get(expected.dtype, 5e-2) * max(expected.abs().max().item(), 1.0)
+    try:
+        text = Text(ids[:8], backbone.open())
+        worst = _difference(step(backbone, [text]).logits, expected[7:8])
+        _check_stores(text, name)
+        worst = max(worst, _leave_and_drain(backbone, text, ids, expected))
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{name} cannot be run layer by layer: its layers need more than the hidden state, the "
+            f"mask, the positions and a cache of keys and values ({type(error).__name__}: "
+            f"{_first_line(error)})"
+        ) from error
+    if not worst <= bound:  # also catches NaN
+        raise UnsupportedModelError(
+            f"{name} gives other logits when its layers are run one by one (off by {worst:.2g} "
+            f"where {bound:.2g} is allowed): its layers share state that does not pass through them"
+        )
+    backbone.batched = _batch_agrees(backbone, ids, expected, bound)
+
+
+def _leave_and_drain(backbone: HFBackbone, text: Text, ids: list[int], expected: Tensor) -> float:
+    """Let two tokens leave, drain them with a third, trim, and run two again."""
+    depth = backbone.shape.num_layers
+    early: list[Policy] = [fixed(max(depth // 3, 1)), fixed(max(2 * depth // 3, 1))]
+    for token, policy in zip(ids[8:10], early if depth > 1 else [FULL, FULL], strict=True):
+        text.ids.append(token)
+        step(backbone, [text], policy)
+    text.ids.append(ids[10])
+    rows = text.num_waiting + 1
+    drained = step(backbone, [text], tails=[rows]).logits
+    text.trim(9)
+    backbone.trim(text.slot, 9)
+    text.ids += ids[9:11]
+    again = step(backbone, [text], tails=[2]).logits
+    return max(_difference(drained, expected[11 - rows : 11]), _difference(again, expected[9:11]))
+
+
+def _batch_agrees(backbone: HFBackbone, ids: list[int], expected: Tensor, bound: float) -> bool:
+    """Return whether texts of different length can share a call."""
+    backbone.batched = True
+    texts = [Text(ids[:9], backbone.open()), Text(ids[:4], backbone.open())]
+    try:
+        for text in texts:
+            step(backbone, [text])
+        texts[0].ids.append(ids[9])
+        texts[1].ids.append(ids[4])
+        logits = step(backbone, texts).logits
+    except Exception:  # any failure of a padded batch means: run them one by one
+        return False
+    return _difference(logits, torch.stack([expected[9], expected[4]])) <= bound
+
+
+def _untouched(backbone: HFBackbone, ids: list[int]) -> Tensor:
+    """Return the model's own logits ``[T, V]``, and learn what its layers return."""
+    seen: list[int] = []
+
+    def look(module: nn.Module, _args: Any, output: Any) -> None:
+        seen.append(order[id(module)])
+        backbone.adapter.learn_outputs(output)
+
+    layers = backbone.adapter.layers
+    order = {id(layer): i for i, layer in enumerate(layers)}
+    hooks = [layer.register_forward_hook(look) for layer in layers]
+    try:
+        batch = torch.tensor([ids], device=backbone.model.device)
+        with torch.no_grad():
+            logits: Tensor = backbone.model(input_ids=batch, use_cache=False).logits[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if seen != list(range(len(layers))):
+        raise UnsupportedModelError(
+            f"{type(backbone.model).__name__} does not run its layers once each, in order"
+        )
+    return logits
+
+
+def _check_stores(text: Text, name: str) -> None:
+    for layer, store in enumerate(text.slot):
+        if store.length != text.done:
+            raise UnsupportedModelError(
+                f"{name}: layer {layer} keeps no keys and values of its own (it is recurrent, or "
+                "shares another layer's), so a token that left could not catch up there"
+            )
+
+
+def _probe_ids(vocab_size: int) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    low = min(10, vocab_size // 2)  # special tokens, padding among them, usually come first
+    return torch.randint(low, vocab_size, (12,), generator=generator).tolist()
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    return (ours - theirs).abs().max().item()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0][:120]
