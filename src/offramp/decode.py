@@ -1,0 +1,57 @@
+"""Plain decoding: one token per text and step, each as deep as the policy wants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from offramp.backbone import Backbone
+from offramp.policy import FULL, Policy, check_exits
+from offramp.request import Pool, Request, Token
+from offramp.step import KV, step
+
+MAX_WAITING = 16
+"""Tokens of one text that may wait before it runs at full depth: a late drain is a slow one."""
+
+
+def decode(
+    backbone: Backbone,
+    requests: Iterable[Request],
+    policy: Policy = FULL,
+    *,
+    layers: Sequence[int] | None = None,
+    kv: KV = "exact",
+    max_waiting: int = MAX_WAITING,
+    exit_prompt: bool = False,
+    batch_size: int = 8,
+) -> Iterator[Token]:
+    """Yield the new tokens of all requests as they are chosen.
+
+    Args:
+        backbone: what runs the layers.
+        requests: what to continue; read only when there is room for it.
+        policy: where to ask, and whether to leave.
+        layers: the path every token runs, all layers by default.
+        kv: what becomes of the layers that a leaving token skips.
+        max_waiting: a text with so many waiting tokens takes one full-depth step.
+        exit_prompt: whether the prompt, too, may leave early (its tokens then wait).
+        batch_size: texts at once.
+    """
+    check_exits(policy.exits, backbone.shape.num_layers if layers is None else len(layers))
+    for writers in Pool(backbone, requests, batch_size).rounds():
+        outcome = step(
+            backbone,
+            [writer.text for writer in writers],
+            policy,
+            layers=layers,
+            kv=kv,
+            stay=[
+                not exit_prompt if writer.reading else writer.text.num_waiting >= max_waiting
+                for writer in writers
+            ],
+        )
+        for writer, logits, depth in zip(
+            writers, outcome.logits.split(1), outcome.depths, strict=True
+        ):
+            [token] = writer.request.choose(logits, writer.text.ids, len(writer.text.ids))
+            writer.text.ids.append(token)
+            yield writer.emit(token, depth)

@@ -1,0 +1,135 @@
+"""Lossless self-speculation: draft by leaving early, verify by draining.
+
+A drafted token waits at the exit like any token that left. One full-depth step then drains all
+waiting tokens and gives the full model's logits for each: nothing is computed twice, and there is
+no second cache. The tokens are those of plain decoding at full depth, whatever the draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offramp.backbone import Backbone
+from offramp.errors import UsageError
+from offramp.policy import fixed
+from offramp.request import Pool, Request, Token, Writer
+from offramp.step import step
+
+
+@dataclass(frozen=True)
+class Draft:
+    """How to propose tokens: the layers to run, and how many tokens at most.
+
+    The first layers that the draft shares with the full model are reused in verification; those
+    after the first skipped layer run on a state of the draft's own and are forgotten.
+    """
+
+    layers: tuple[int, ...]
+    tokens: int = 4
+    min_confidence: float = 0.0
+    """Stop drafting after a token to which the draft gives less than this probability."""
+
+    @property
+    def shared(self) -> int:
+        """Return how many leading layers the draft runs exactly as the full model does."""
+        return next((i for i, layer in enumerate(self.layers) if layer != i), len(self.layers))
+
+    def check(self, num_layers: int) -> None:
+        """Refuse a draft that the model cannot make.
+
+        Raises:
+            UsageError: layers out of order or out of range, all of them, or no first layer.
+        """
+        layers = self.layers
+        if not layers or layers[0] != 0 or list(layers) != sorted(set(layers)):
+            raise UsageError(f"a draft runs ascending layers from layer 0, not {list(layers)}")
+        if layers[-1] >= num_layers or len(layers) == num_layers:
+            raise UsageError(
+                f"a draft runs some but not all of the {num_layers} layers, not {len(layers)} of "
+                f"them up to layer {layers[-1]}"
+            )
+        if self.tokens < 1:
+            raise UsageError(f"a draft proposes 1 token or more, not {self.tokens}")
+        if not 0 <= self.min_confidence <= 1:
+            raise UsageError(f"a confidence lies between 0 and 1, not at {self.min_confidence}")
+
+
+def speculate(
+    backbone: Backbone, requests: Iterable[Request], draft: Draft, *, batch_size: int = 8
+) -> Iterator[Token]:
+    """Yield the full model's tokens, several per full-depth step where the draft was right.
+
+    Args:
+        backbone: what runs the layers.
+        requests: what to continue; read only when there is room for it.
+        draft: how to propose tokens.
+        batch_size: texts at once; each drafts and is confirmed at its own pace.
+    """
+    draft.check(backbone.shape.num_layers)
+    for writers in Pool(backbone, requests, batch_size).rounds():
+        known = [len(writer.text.ids) for writer in writers]
+        _propose(backbone, [writer for writer in writers if not writer.reading], draft)
+        counts = [len(w.text.ids) - n for w, n in zip(writers, known, strict=True)]
+        outcome = step(backbone, [w.text for w in writers], tails=[count + 1 for count in counts])
+        backbone.meter.drafted += sum(counts)
+        rows = outcome.logits.split([count + 1 for count in counts])
+        for writer, logits, start in zip(writers, rows, known, strict=True):
+            for token, accepted in _confirm(backbone, writer, logits, start):
+                if writer.finished:
+                    break
+                yield writer.emit(token, backbone.shape.num_layers, accepted=accepted)
+
+
+def _propose(backbone: Backbone, writers: list[Writer], draft: Draft) -> None:
+    """Append up to ``draft.tokens`` tokens to each text; all of them wait for the full model."""
+    known = {id(writer): len(writer.text.ids) for writer in writers}
+    drafting = writers
+    for count in range(1, draft.tokens + 1):
+        # The full model always adds one token of its own: never draft the last one.
+        drafting = [writer for writer in drafting if writer.room > count]
+        if not drafting:
+            break
+        outcome = step(
+            backbone,
+            [writer.text for writer in drafting],
+            fixed(draft.shared),
+            detour=draft.layers[draft.shared :],
+        )
+        going = []
+        for writer, logits in zip(drafting, outcome.logits.split(1), strict=True):
+            ids = writer.text.ids
+            [token] = writer.request.choose(logits, ids, len(ids))
+            ids.append(token)
+            if token not in writer.request.eos and _confident(logits, token, draft.min_confidence):
+                going.append(writer)
+        drafting = going
+    if draft.shared < len(draft.layers):
+        for writer in writers:  # what the detour left behind is not the full model's
+            backbone.trim(writer.text.slot, known[id(writer)] - 1, first_layer=draft.shared)
+
+
+def _confident(logits: Tensor, token: int, threshold: float) -> bool:
+    if threshold == 0:
+        return True
+    return torch.softmax(logits[0].float(), -1)[token].item() >= threshold
+
+
+def _confirm(
+    backbone: Backbone, writer: Writer, logits: Tensor, start: int
+) -> list[tuple[int, bool]]:
+    """Keep the proposals that the full model makes too, and add its own next token."""
+    text = writer.text
+    drafted = text.ids[start:]
+    choices = writer.request.choose(logits, text.ids, start)
+    right = 0
+    while right < len(drafted) and drafted[right] == choices[right]:
+        right += 1
+    text.trim(start + right)
+    backbone.trim(text.slot, start + right)
+    text.ids.append(choices[right])
+    backbone.meter.accepted += right
+    return [(token, True) for token in drafted[:right]] + [(choices[right], False)]
