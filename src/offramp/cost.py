@@ -1,0 +1,133 @@
+"""Prices: from counted rows and passes to operations and bytes of weights, and what would pay.
+
+One model of cost for every door. All terms are there: layers, attention by context, exit checks,
+key and value fill, draft work thrown away. Two views, because machines differ: *flops* is what a
+compute-bound step costs, *bytes* (weights read) what a memory-bound one does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from offramp.backbone import Shape
+from offramp.meter import Meter
+
+
+def flops(work: Meter, shape: Shape) -> float:
+    """Return operations: two per weight and row, four per key, head dimension and row."""
+    return 2.0 * (
+        shape.layer_weights * work.layer_tokens
+        + shape.head_weights * work.head_rows
+        + shape.fill_weights * work.fill_rows
+        + 2 * shape.attention_size * work.attended
+    )
+
+
+def weight_bytes(work: Meter, shape: Shape) -> float:
+    """Return bytes of weights read, each pass reading its module's weights once."""
+    return shape.bytes_per_weight * (
+        shape.layer_weights * work.layer_passes
+        + shape.head_weights * work.head_passes
+        + shape.fill_weights * work.fill_passes
+    )
+
+
+def full_depth(texts: Sequence[tuple[int, int]], shape: Shape, batch_size: int) -> Meter:
+    """Return the work of plain decoding of ``(prompt tokens, new tokens)`` at full depth.
+
+    Follows the same pool: a text that ends makes room for the next; rows that come one per text
+    share a pass, prompts of equal length too.
+    """
+    work = Meter()
+    queue, active = list(reversed(texts)), list[tuple[int, int]]()
+    while queue or active:
+        fresh = [queue.pop() for _ in range(min(batch_size - len(active), len(queue)))]
+        passes = len({prompt for prompt, _ in fresh} | ({1} if active else set()))
+        work.layer_passes += shape.num_layers * passes
+        work.head_passes += 1
+        active = [(prompt, left - 1) for prompt, left in active + fresh if left > 1]
+    for prompt, new in texts:
+        rows = prompt + new - 1
+        work.head_rows += new
+        work.layer_tokens += shape.num_layers * rows
+        work.attended += shape.num_layers * rows * (rows + 1) // 2
+    return work
+
+
+def check_in_layers(shape: Shape) -> float:
+    """Return the cost of one full-vocabulary exit check, one layer = 1."""
+    return shape.head_weights / shape.layer_weights
+
+
+def fill_in_layers(shape: Shape) -> float:
+    """Return the cost of one layer's keys and values, one layer = 1."""
+    return shape.kv_weights / shape.layer_weights
+
+
+def break_even_depth(shape: Shape) -> float:
+    """Return the deepest exit that pays when every layer is checked and skipped layers filled.
+
+    A token leaving at e costs e checks, e layers and L - e fills; the full model L layers and one
+    head: e = (L + h - f L) / (1 + h - f).
+    """
+    h, f, depth = check_in_layers(shape), fill_in_layers(shape), shape.num_layers
+    return (depth + h - f * depth) / (1 + h - f)
+
+
+def exit_ratio(shape: Shape, exits: Sequence[int], shares: Sequence[float]) -> float:
+    """Return the predicted weight reads per token against full depth, exits that wait.
+
+    Args:
+        shape: the model.
+        exits: where a full-vocabulary check is made, ascending.
+        shares: the share of tokens that leave at each exit; the rest runs to the end.
+    """
+    h, depth = check_in_layers(shape), shape.num_layers
+    stay, cost = 1.0, 0.0
+    for checks, (stop, share) in enumerate(zip(exits, shares, strict=True), 1):
+        cost += share * (stop + checks * h)
+        stay -= share
+    cost += stay * (depth + (len(exits) + 1) * h)
+    return cost / (depth + h)
+
+
+def speculation_ratio(shape: Shape, depth: int, tokens: int, agreement: float) -> float:
+    """Return the predicted weight reads per token of self-speculation against plain decoding.
+
+    Each of ``tokens`` drafts costs ``depth`` layers and a head; the confirming step reads the other
+    layers' weights once for all rows. A run of right drafts is geometric in ``agreement``
+    (Leviathan et al. 2023, equation 1).
+    """
+    h, layers = check_in_layers(shape), shape.num_layers
+    written = sum(agreement**i for i in range(tokens + 1))
+    # The last drafted token has not run the draft's layers yet, so the confirming step reads them.
+    return (tokens * (depth + h) + layers + h) / (written * (layers + h))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a run did and what it cost; the keys every command shares."""
+
+    tokens: int
+    seconds: float
+    depths: Sequence[int]
+    work: Meter
+    baseline: Meter
+    shape: Shape
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the figures by name; ratios are against full depth over the same tokens."""
+        counted = sorted(Counter(self.depths).items())
+        return {
+            "tokens": self.tokens,
+            **self.work.as_dict(),
+            "flops_ratio": flops(self.work, self.shape) / flops(self.baseline, self.shape),
+            "bytes_ratio": weight_bytes(self.work, self.shape)
+            / weight_bytes(self.baseline, self.shape),
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+            "mean_depth": sum(self.depths) / max(len(self.depths), 1),
+            "depth_histogram": {str(depth): count for depth, count in counted},
+        }

@@ -1,0 +1,174 @@
+"""Is depth-adaptive inference worth it on this model and this text? Says so before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from offramp.backbone import Backbone, Shape
+from offramp.cost import (
+    break_even_depth,
+    check_in_layers,
+    exit_ratio,
+    fill_in_layers,
+    speculation_ratio,
+)
+from offramp.decode import decode
+from offramp.policy import Threshold
+from offramp.request import Request
+from offramp.trace import Trace, record, replay
+
+PROMPTS = (
+    "Why is the sky blue?",
+    "Write a short story about a lighthouse keeper.",
+    "Give me three tips for sleeping better.",
+    "Translate into French: The weather is nice today.",
+    "What is the capital of Australia?",
+    "Write a Python function that reverses a string.",
+)
+"""A handful of everyday requests, used when no others are given."""
+
+_AGREE = 0.95
+"""Agreement asked of a lossy exit before it is recommended: what LITE aims at."""
+_WORTH = 0.9
+"""A plan must be predicted to read at most this share of the weights to be called worth it."""
+_DRAFT_TOKENS = (1, 2, 3, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class DepthRow:
+    """One depth of the model, judged on its own greedy answers."""
+
+    depth: int
+    agreement: float
+    """Share of tokens on which the readout here chooses what the last layer does."""
+    loss: float
+    """Cross-entropy of the full model's own text, nats per token."""
+    confidence: float
+    """Mean largest probability: far above ``agreement`` means over-confident."""
+    draft_tokens: int
+    """Best draft length for self-speculation from here."""
+    speculation_ratio: float
+    """Predicted weight reads of that speculation against plain decoding; under 1 is faster."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``offramp inspect`` reports."""
+
+    shape: Shape
+    batched: bool
+    tokens: int
+    check_in_layers: float
+    fill_in_layers: float
+    break_even_depth: float
+    rows: tuple[DepthRow, ...]
+    exits: tuple[int, ...]
+    """Recommended exits: where a check could pay for itself, few of them."""
+    exit_depth: float
+    """Mean depth of leaving there by max_prob, at thresholds with 95% agreement."""
+    exit_ratio: float
+    """Predicted weight reads of that against full depth, every check counted."""
+    verdict: str
+    recipe: str
+
+
+def inspect(
+    backbone: Backbone, prompts: Sequence[list[int]], *, max_new_tokens: int, eos: frozenset[int]
+) -> Inspection:
+    """Let the model answer the prompts greedily, then judge every depth on its own text."""
+    texts = [list(prompt) for prompt in prompts]
+    requests = [Request(prompt, max_new_tokens, eos=eos) for prompt in prompts]
+    for token in decode(backbone, requests):
+        texts[token.index].append(token.id)
+    pairs = [(ids, len(prompt)) for ids, prompt in zip(texts, prompts, strict=True)]
+    trace = record(backbone, pairs)
+    shape = backbone.shape
+    rows = tuple(_row(trace, column, shape) for column in range(len(trace.exits)))
+    exits, depth, ratio = _exits(trace, rows, shape)
+    verdict, recipe = _verdict(rows, exits, ratio)
+    return Inspection(
+        shape=shape,
+        batched=backbone.batched,
+        tokens=len(trace.chosen),
+        check_in_layers=check_in_layers(shape),
+        fill_in_layers=fill_in_layers(shape),
+        break_even_depth=break_even_depth(shape),
+        rows=rows,
+        exits=exits,
+        exit_depth=depth,
+        exit_ratio=ratio,
+        verdict=verdict,
+        recipe=recipe,
+    )
+
+
+def _row(trace: Trace, column: int, shape: Shape) -> DepthRow:
+    depth = trace.exits[column]
+    agreement = trace.agrees[:, column].float().mean().item()
+    ratios = {k: speculation_ratio(shape, depth, k, agreement) for k in _DRAFT_TOKENS}
+    best = min(ratios, key=lambda k: ratios[k])
+    return DepthRow(
+        depth=depth,
+        agreement=agreement,
+        loss=trace.loss[:, column].mean().item(),
+        confidence=trace.scores["max_prob"][:, column].mean().item(),
+        draft_tokens=best,
+        speculation_ratio=ratios[best],
+    )
+
+
+def _exits(
+    trace: Trace, rows: Sequence[DepthRow], shape: Shape
+) -> tuple[tuple[int, ...], float, float]:
+    """Return the exit or pair of exits that is predicted cheapest at 95% agreement per exit."""
+    cuts = {row.depth: _cut(trace, column) for column, row in enumerate(rows)}
+    usable = [depth for depth, cut in cuts.items() if cut is not None]
+    best: tuple[tuple[int, ...], float, float] = ((), float(shape.num_layers), 1.0)
+    for i, first in enumerate(usable):
+        for exits in [(first,), *((first, second) for second in usable[i + 1 :])]:
+            policy = Threshold("max_prob", tuple((e, cuts[e]) for e in exits))  # type: ignore[misc]
+            depths = replay(trace, policy).depths
+            shares = [(depths == e).float().mean().item() for e in exits]
+            ratio = exit_ratio(shape, exits, shares)
+            if ratio < best[2]:
+                best = exits, depths.float().mean().item(), ratio
+    return best
+
+
+def _cut(trace: Trace, column: int) -> float | None:
+    """Return the lowest max_prob above which this exit agrees on 95% of tokens, if there is one."""
+    order = trace.scores["max_prob"][:, column].argsort(descending=True)
+    right = trace.agrees[order, column].float().cumsum(0)
+    share: Tensor = right / torch.arange(1, len(order) + 1)
+    good = (share >= _AGREE).nonzero()
+    if not len(good):
+        return None
+    return trace.scores["max_prob"][order[int(good[-1])], column].item()
+
+
+def _verdict(rows: Sequence[DepthRow], exits: Sequence[int], ratio: float) -> tuple[str, str]:
+    draft = min(rows, key=lambda row: row.speculation_ratio)
+    if draft.speculation_ratio <= _WORTH:
+        return (
+            f"worth it, without loss: self-speculation from depth {draft.depth} with "
+            f"{draft.draft_tokens} draft tokens is predicted to read {draft.speculation_ratio:.0%} "
+            "of the weights",
+            f"generate --draft {draft.depth} --draft-tokens {draft.draft_tokens}",
+        )
+    if exits and ratio <= _WORTH:
+        return (
+            f"worth it, with loss: leaving at {', '.join(map(str, exits))} is predicted to "
+            f"read {ratio:.0%} of the weights at {_AGREE:.0%} agreement per exit, on this text",
+            "certify the thresholds on your own text before relying on them",
+        )
+    best = min(draft.speculation_ratio, ratio)
+    return (
+        f"not worth it as it is: the best plan found is predicted to read {best:.0%} of the "
+        "weights that plain decoding reads",
+        "its intermediate layers cannot speak yet: tune them (LITE, SoFT, or exit blocks distilled "
+        "from the last layer), then inspect again",
+    )

@@ -1,0 +1,173 @@
+"""Plans: the JSON record of how to run a model. What was calibrated is what is run.
+
+A plan knows its model by fingerprint and refuses another one; unknown keys are refused, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path as FilePath
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from offramp.backbone import Backbone
+from offramp.decode import MAX_WAITING, decode
+from offramp.errors import OfframpError, UsageError
+from offramp.files import write_text
+from offramp.paths import check_path
+from offramp.policy import Threshold, check_exits
+from offramp.request import Request, Token
+from offramp.speculate import Draft, speculate
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Full(_Record):
+    """Every layer for every token."""
+
+    kind: Literal["full"] = "full"
+
+    def check(self, num_layers: int) -> None:
+        """Accept any model."""
+
+
+class Exit(_Record):
+    """Leave at the first exit whose signal reaches its threshold. Lossy."""
+
+    kind: Literal["exit"] = "exit"
+    signal: str
+    thresholds: dict[int, float]
+    """Lowest score that leaves, by exit."""
+    kv: Literal["exact", "copy"] = "exact"
+    max_waiting: Annotated[int, Field(ge=1)] = MAX_WAITING
+    exit_prompt: bool = False
+    """Whether the prompt, too, may leave early (for one-token answers)."""
+
+    @property
+    def policy(self) -> Threshold:
+        """Return the policy this describes."""
+        return Threshold(self.signal, tuple(sorted(self.thresholds.items())))
+
+    def check(self, num_layers: int) -> None:
+        """Refuse exits or thresholds that make no sense for a model of this depth."""
+        if not self.thresholds:
+            raise UsageError("a plan that exits needs at least one exit with a threshold")
+        check_exits(self.policy.exits, num_layers)
+
+
+class Speculate(_Record):
+    """Draft with some of the layers, confirm with all. Lossless."""
+
+    kind: Literal["speculate"] = "speculate"
+    draft: tuple[int, ...]
+    """The layers the draft runs."""
+    tokens: int = 4
+    min_confidence: float = 0.0
+
+    @property
+    def drafter(self) -> Draft:
+        """Return the draft this describes."""
+        return Draft(self.draft, self.tokens, self.min_confidence)
+
+    def check(self, num_layers: int) -> None:
+        """Refuse a draft that a model of this depth cannot make."""
+        self.drafter.check(num_layers)
+
+
+class Path(_Record):
+    """Some layers for every token: a sub-model. Lossy."""
+
+    kind: Literal["path"] = "path"
+    layers: tuple[int, ...]
+
+    def check(self, num_layers: int) -> None:
+        """Refuse layers that a model of this depth lacks."""
+        check_path(self.layers, num_layers)
+
+
+Run = Full | Exit | Speculate | Path
+
+
+class ModelId(_Record):
+    """Which model a plan is for."""
+
+    name: str
+    num_layers: int
+    fingerprint: str
+
+
+class Plan(_Record):
+    """How to run a model."""
+
+    format: Literal[1] = 1
+    model: ModelId | None = None
+    """The model it was made for; None for a plan made by hand, which fits where its layers do."""
+    run: Annotated[Run, Field(discriminator="kind")] = Full()
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the tokens are the full model's."""
+        return isinstance(self.run, Full | Speculate)
+
+    def check(self, backbone: Backbone) -> None:
+        """Refuse a plan that is not for this model.
+
+        Raises:
+            UsageError: made for another model, or exits, layers or thresholds it does not have.
+        """
+        if self.model is not None and self.model.fingerprint != backbone.fingerprint:
+            raise UsageError(
+                f"this plan was made for {self.model.name} ({self.model.num_layers} layers, "
+                f"fingerprint {self.model.fingerprint}), not for this model "
+                f"({backbone.shape.num_layers} layers, fingerprint {backbone.fingerprint})"
+            )
+        self.run.check(backbone.shape.num_layers)
+
+
+def read_plan(path: FilePath) -> Plan:
+    """Return the plan in a JSON file.
+
+    Raises:
+        OfframpError: it cannot be read or is no plan; the first thing wrong is named.
+    """
+    try:
+        return Plan.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise OfframpError(f"cannot read the plan {path}: {error.strerror}") from error
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = ".".join(str(part) for part in wrong["loc"])
+        raise OfframpError(
+            f"{path} is no plan: {where + ': ' if where else ''}{wrong['msg']}"
+        ) from error
+
+
+def write_plan(path: FilePath, plan: Plan) -> None:
+    """Write a plan as JSON, whole or not at all."""
+    write_text(path, plan.model_dump_json(indent=2) + "\n")
+
+
+def execute(
+    backbone: Backbone, requests: Iterable[Request], run: Run, *, batch_size: int = 8
+) -> Iterator[Token]:
+    """Yield the new tokens of all requests, generated as the plan says."""
+    match run:
+        case Full():
+            return decode(backbone, requests, batch_size=batch_size)
+        case Exit():
+            return decode(
+                backbone,
+                requests,
+                run.policy,
+                kv=run.kv,
+                max_waiting=run.max_waiting,
+                exit_prompt=run.exit_prompt,
+                batch_size=batch_size,
+            )
+        case Path():
+            return decode(backbone, requests, layers=run.layers, batch_size=batch_size)
+        case Speculate():
+            return speculate(backbone, requests, run.drafter, batch_size=batch_size)
