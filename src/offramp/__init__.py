@@ -1,0 +1,63 @@
+"""offramp: depth-adaptive inference for Hugging Face causal language models.
+
+    import offramp
+    model = offramp.load()
+    print(model.generate("Why is the sky blue?").text)
+
+Names are imported when first used, so that ``import offramp`` and the command line start at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from offramp.errors import OfframpError, UnsupportedModelError, UsageError
+    from offramp.hf.door import custom_generate
+    from offramp.model import Model, Output, Piece, Result, load
+    from offramp.plan import Exit, Full, Path, Plan, Speculate, read_plan, write_plan
+    from offramp.sample import Sampling
+    from offramp.trace import Trace, load_trace, record, replay
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "errors": ("OfframpError", "UnsupportedModelError", "UsageError"),
+    "hf.door": ("custom_generate",),
+    "model": ("Model", "Output", "Piece", "Result", "load"),
+    "plan": ("Exit", "Full", "Path", "Plan", "Speculate", "read_plan", "write_plan"),
+    "sample": ("Sampling",),
+    "trace": ("Trace", "load_trace", "record", "replay"),
+}
+
+__all__ = [
+    "Exit",
+    "Full",
+    "Model",
+    "OfframpError",
+    "Output",
+    "Path",
+    "Piece",
+    "Plan",
+    "Result",
+    "Sampling",
+    "Speculate",
+    "Trace",
+    "UnsupportedModelError",
+    "UsageError",
+    "custom_generate",
+    "load",
+    "load_trace",
+    "read_plan",
+    "record",
+    "replay",
+    "write_plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

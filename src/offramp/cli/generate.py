@@ -1,0 +1,120 @@
+"""``offramp generate``: text, streamed, with the depth of each token and what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from offramp.cli import options as o
+from offramp.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from offramp.model import Result, Stream
+
+
+def generate(
+    model: o.ModelName = None,
+    prompt: o.PromptText = None,
+    prompts: o.PromptFile = None,
+    limit: o.Limit = None,
+    max_new_tokens: o.MaxNewTokens = 128,
+    plan: o.PlanFile = None,
+    draft: o.DraftDepth = None,
+    draft_tokens: o.DraftTokens = 4,
+    draft_confidence: o.DraftConfidence = 0.0,
+    exit_depth: o.ExitDepth = None,
+    threshold: o.ThresholdText = None,
+    kv: o.KeyValues = o.KV.exact,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the K most probable tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Keep the tokens that reach this probability.")
+    ] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Where sampling starts; prompt i uses SEED + i.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")
+    ] = None,
+    raw: o.Raw = False,
+    batch_size: o.BatchSize = 8,
+    weights: o.WeightFormat = o.Weights.fp32,
+    trust_remote_code: o.Remote = False,
+    json: o.Json = False,
+    out: o.Out = None,
+) -> None:
+    """Generate text, each token only as deep as the plan says.
+
+    Without a plan every token runs every layer. Tokens are coloured by depth on a terminal.
+
+    [bold]offramp generate --prompt "Why is the sky blue?" --draft 24 --draft-tokens 2[/bold]
+    """
+    from offramp.sample import Sampling
+
+    wanted = o.read_prompt_options(prompt, prompts, limit)
+    if not wanted:
+        raise UsageError("there is no prompt; give --prompt TEXT or --prompts FILE")
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    chosen = o.parse_plan(
+        plan,
+        draft=draft,
+        draft_tokens=draft_tokens,
+        draft_confidence=draft_confidence,
+        exit_depth=exit_depth,
+        threshold=threshold,
+        kv=kv,
+    )
+    from rich.console import Console
+
+    from offramp.cli.output import environment, figures_table, finish
+    from offramp.model import load
+
+    loaded = load(model, weights=weights.value, trust_remote_code=trust_remote_code)
+    stream = loaded.stream(
+        wanted,
+        plan=chosen,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop or (),
+        raw=raw,
+        batch_size=batch_size,
+    )
+    depth = loaded.backbone.shape.num_layers
+    console = Console(soft_wrap=True, highlight=False, quiet=json)
+    result = _show(stream, depth, console)
+    figures = result.figures.as_dict()
+    if not json:
+        figures_table(figures, Console(stderr=True))
+    record = {
+        "model": loaded.name,
+        "plan": chosen.model_dump(mode="json"),
+        "seed": seed,
+        **environment(),
+        **figures,
+        "outputs": [dataclasses.asdict(output) for output in result.outputs],
+    }
+    finish(record, as_json=json, out=out)
+
+
+def _show(stream: Stream, depth: int, console: Console) -> Result:
+    """Print one answer as it comes, several when all are there, and return what came of it."""
+    from tqdm import tqdm
+
+    from offramp.cli.output import depth_text, visible
+
+    single = len(stream.outputs) == 1
+    with tqdm(total=len(stream.outputs), unit="prompt", disable=single, leave=False) as bar:
+        for piece in stream:
+            if single:
+                console.print(depth_text(piece.text, piece.token.depth, depth), end="")
+            bar.update(piece.token.finish is not None)
+    result = stream.result
+    console.print()
+    if not single:
+        for number, output in enumerate(result.outputs, 1):
+            console.rule(f"{number}")
+            console.print(visible(output.text), markup=False)
+    return result

@@ -1,0 +1,93 @@
+"""``offramp inspect``: is it worth it on this model and this text?"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+
+from offramp.cli import options as o
+
+
+def inspect(
+    model: o.ModelName = None,
+    prompt: o.PromptText = None,
+    prompts: o.PromptFile = None,
+    limit: o.Limit = None,
+    max_new_tokens: o.MaxNewTokens = 48,
+    every: Annotated[int, typer.Option(min=1, help="Show every N-th depth in the table.")] = 3,
+    raw: o.Raw = False,
+    weights: o.WeightFormat = o.Weights.fp32,
+    trust_remote_code: o.Remote = False,
+    json: o.Json = False,
+    out: o.Out = None,
+) -> None:
+    """Say whether depth-adaptive inference is worth it on this model and text, before any training.
+
+    The model answers the prompts (six everyday ones by default) greedily; then every depth is
+    judged on that text: how often its choice is the last layer's, and what using it would cost.
+    """
+    wanted = o.read_prompt_options(prompt, prompts, limit)
+    from rich.console import Console
+
+    from offramp import inspection
+    from offramp.cli.output import environment, finish
+    from offramp.model import load
+    from offramp.text import encode
+
+    loaded = load(model, weights=weights.value, trust_remote_code=trust_remote_code)
+    ids = [encode(loaded.tokenizer, text, raw=raw) for text in wanted or inspection.PROMPTS]
+    found = inspection.inspect(loaded.backbone, ids, max_new_tokens=max_new_tokens, eos=loaded.eos)
+    if not json:
+        _show(loaded.name, found, every, Console(highlight=False))
+    record = {
+        "model": loaded.name,
+        "plan": None,
+        "seed": None,
+        "supported": True,
+        **environment(),
+        **dataclasses.asdict(found),
+    }
+    finish(record, as_json=json, out=out)
+
+
+def _show(name: str, found: object, every: int, console: object) -> None:
+    from rich.console import Console
+
+    from offramp.cli.output import table
+    from offramp.inspection import Inspection
+
+    assert isinstance(found, Inspection)
+    assert isinstance(console, Console)
+    shape = found.shape
+    console.print(
+        f"{name}: supported ({shape.num_layers} layers; its logits equal the untouched model's at "
+        f"full depth, after exits and drains{', and in ragged batches' if found.batched else ''})."
+    )
+    console.print(
+        f"One full-vocabulary exit check costs {found.check_in_layers:.2f} layers; keys and values "
+        f"of one skipped layer cost {found.fill_in_layers:.3f}.\nChecking after every layer pays "
+        f"only for tokens that leave by depth {found.break_even_depth:.1f}."
+    )
+    rows = [
+        (
+            f"{row.depth}",
+            f"{row.agreement:.0%}",
+            f"{row.confidence:.2f}",
+            f"{row.loss:.2f}",
+            f"{row.draft_tokens}",
+            f"{row.speculation_ratio:.2f}",
+        )
+        for row in found.rows
+        if row.depth % every == 0 or row.depth == shape.num_layers - 1
+    ]
+    head = ("depth", "agreement", "confidence", "loss", "draft tokens", "speculation ratio")
+    table(f"each depth on {found.tokens} tokens of the model's own text", head, rows, console)
+    exits = ", ".join(map(str, found.exits)) or "none"
+    console.print(
+        f"Exits that would pay at 95% agreement: {exits} (mean depth {found.exit_depth:.1f}, "
+        f"weights read {found.exit_ratio:.2f} of full depth)."
+    )
+    console.print(f"[bold]Verdict:[/bold] {found.verdict}.")
+    console.print(f"[bold]Next:[/bold] {found.recipe}.")

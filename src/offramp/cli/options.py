@@ -1,0 +1,186 @@
+"""The options that several verbs share: one name and one sentence each. Parses; builds nothing."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from offramp.errors import UsageError
+
+if TYPE_CHECKING:
+    from offramp.plan import Plan
+    from offramp.text import Prompt
+
+
+class Weights(StrEnum):
+    """Precision of the weights in memory."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class KV(StrEnum):
+    """What becomes of the layers that a leaving token skips."""
+
+    exact = "exact"
+    copy = "copy"
+
+
+ModelName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="Hub id, local folder or GGUF file; SmolLM2-135M-Instruct by default.",
+        show_default=False,
+    ),
+]
+PromptText = Annotated[
+    str | None, typer.Option("--prompt", help="One prompt; '-' reads standard input.")
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        help=".txt with a prompt per line, or .jsonl with prompt, instruction/input or messages.",
+    ),
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N prompts.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Do not use the model's chat template.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Most new tokens of each answer.")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts at once.")]
+WeightFormat = Annotated[Weights, typer.Option("--weights", help="Precision of the weights.")]
+Remote = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run modelling code that comes with the checkpoint."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of stdout.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Write the result to this file, too.")]
+PlanFile = Annotated[
+    str | None,
+    typer.Option(
+        "--plan", help="A plan file, or 'full' for every layer and every token (default)."
+    ),
+]
+DraftDepth = Annotated[
+    int | None,
+    typer.Option("--draft", help="Lossless: draft with the first N layers, confirm with all."),
+]
+DraftTokens = Annotated[int, typer.Option("--draft-tokens", min=1, help="Most tokens per draft.")]
+DraftConfidence = Annotated[
+    float,
+    typer.Option(
+        "--draft-confidence",
+        min=0,
+        max=1,
+        help="End a draft after a token less probable than this.",
+    ),
+]
+ExitDepth = Annotated[
+    int | None, typer.Option("--exit", help="Lossy: run only the first N layers, for every token.")
+]
+ThresholdText = Annotated[
+    str | None,
+    typer.Option(
+        "--threshold",
+        metavar="SIGNAL=DEPTH:VALUE,...",
+        help="Lossy: leave at the first depth where the signal reaches its value, "
+        "e.g. max_prob=12:0.95,18:0.9.",
+    ),
+]
+KeyValues = Annotated[
+    KV,
+    typer.Option(
+        "--kv",
+        help="With --threshold: tokens that left catch up later (exact), or their state is copied.",
+    ),
+]
+
+
+def read_prompt_options(prompt: str | None, file: Path | None, limit: int | None) -> list[Prompt]:
+    """Return the prompts that --prompt or --prompts name; an empty list for neither."""
+    from offramp.text import read_prompts
+
+    if prompt is not None and file is not None:
+        raise UsageError("--prompt and --prompts exclude each other")
+    if file is not None:
+        return read_prompts(file, limit)
+    if prompt is None:
+        return []
+    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    if not text.strip():
+        raise UsageError("the prompt is empty")
+    return [text]
+
+
+def parse_plan(
+    plan: str | None,
+    *,
+    draft: int | None = None,
+    draft_tokens: int = 4,
+    draft_confidence: float = 0.0,
+    exit_depth: int | None = None,
+    threshold: str | None = None,
+    kv: KV = KV.exact,
+) -> Plan:
+    """Return the plan that the options describe; at most one way of describing it is allowed.
+
+    Raises:
+        UsageError: two ways at once, or a threshold that cannot be read.
+        OfframpError: the plan file cannot be read.
+    """
+    from offramp.paths import prefix
+    from offramp.plan import Exit, Plan, Speculate, read_plan
+    from offramp.plan import Path as SubModel
+
+    given = {"--plan": plan, "--draft": draft, "--exit": exit_depth, "--threshold": threshold}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise UsageError(f"{' and '.join(named)} exclude each other")
+    if draft is not None:
+        if draft < 1:
+            raise UsageError(f"--draft {draft}: a draft runs 1 layer or more")
+        layers = tuple(range(draft))
+        return Plan(
+            run=Speculate(draft=layers, tokens=draft_tokens, min_confidence=draft_confidence)
+        )
+    if exit_depth is not None:
+        return Plan(run=SubModel(layers=prefix(exit_depth, max(exit_depth, 1))))
+    if threshold is not None:
+        signal, values = parse_threshold(threshold)
+        run = Exit(signal=signal, thresholds=values, kv=kv.value)
+        _ = run.policy  # refuses an unknown signal or a value out of range before a model loads
+        return Plan(run=run)
+    return Plan() if plan in (None, "full") else read_plan(Path(str(plan)))
+
+
+def parse_threshold(text: str) -> tuple[str, dict[int, float]]:
+    """Return (signal, thresholds by depth) of ``SIGNAL=DEPTH:VALUE,...``."""
+    signal, _, pairs = text.partition("=")
+    try:
+        split = [pair.split(":") for pair in pairs.split(",")]
+        values = {int(depth): float(value) for depth, value in split}
+    except ValueError:
+        values = {}
+    if not signal or not values or len(values) != pairs.count(",") + 1:
+        raise UsageError(
+            f"--threshold {text!r}: write SIGNAL=DEPTH:VALUE,... with each depth once, "
+            "e.g. max_prob=12:0.95,18:0.9"
+        )
+    if any(value != value or abs(value) == float("inf") for value in values.values()):
+        raise UsageError(f"--threshold {text!r}: thresholds are finite numbers")
+    return signal, values
+
+
+def parse_depths(text: str | None) -> tuple[int, ...] | None:
+    """Return the depths of a list such as ``6,12,18``, or None for None."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"--exits {text!r}: write depths with commas, e.g. 6,12,18") from error

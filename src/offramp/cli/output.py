@@ -1,0 +1,120 @@
+"""What commands print: tables and coloured tokens for people, one JSON line for machines."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from offramp.files import write_text
+
+# Cividis, dark to bright: readable with every kind of colour vision. Bright = deep.
+_SCALE = (
+    (0, 82, 147),
+    (87, 93, 109),
+    (124, 123, 120),
+    (165, 156, 116),
+    (212, 193, 98),
+    (254, 232, 56),
+)
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions and the machine that every result carries."""
+    import torch
+
+    packages = ("offramp", "torch", "transformers")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    machine = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    return {"versions": versions, "machine": machine}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def finish(record: Mapping[str, Any], *, as_json: bool, out: Path | None) -> None:
+    """Write the record to ``out`` and, if asked for, as the last line of stdout."""
+    line = json.dumps(_finite(record), ensure_ascii=False, separators=(",", ":"))
+    if out is not None:
+        write_text(out, line + "\n")
+    if as_json:
+        print(line)
+
+
+def _finite(value: Any) -> Any:
+    """Return the value with NaN and infinities as null: they are not JSON."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    """Print a table, numbers right-aligned."""
+    shown = Table(title=title, title_justify="left")
+    for i, name in enumerate(head):
+        shown.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows:
+        shown.add_row(*row)
+    console.print(shown)
+
+
+def figures_table(figures: Mapping[str, Any], console: Console) -> None:
+    """Print what a run did and cost, with its slow-downs as plain as its gains."""
+    rows = [
+        ("new tokens", f"{figures['tokens']}"),
+        ("mean depth", f"{figures['mean_depth']:.1f}"),
+        ("layer passes", f"{figures['layer_passes']}"),
+        ("layer rows", f"{figures['layer_tokens']}"),
+        ("head rows", f"{figures['head_rows']}"),
+        ("fill rows", f"{figures['fill_rows']}"),
+        ("operations / full depth", f"{figures['flops_ratio']:.2f}"),
+        ("weights read / full depth", f"{figures['bytes_ratio']:.2f}"),
+        ("seconds", f"{figures['seconds']:.2f}"),
+        ("tokens per second", f"{figures['tokens_per_second']:.1f}"),
+    ]
+    if figures["drafted"]:
+        share = figures["accepted"] / figures["drafted"]
+        rows.insert(
+            2, ("drafts confirmed", f"{figures['accepted']} of {figures['drafted']} ({share:.0%})")
+        )
+    table("cost", ("", ""), rows, console)
+    if figures["bytes_ratio"] > 1 and figures["flops_ratio"] > 1:
+        console.print("Slower than plain full-depth decoding by both measures of cost.")
+
+
+def depth_text(piece: str, depth: int, num_layers: int) -> Text:
+    """Return text coloured by the depth that chose it, its control characters made visible."""
+    place = depth / num_layers * (len(_SCALE) - 1)
+    low, share = int(place), place - int(place)
+    high = min(low + 1, len(_SCALE) - 1)
+    red, green, blue = (
+        round(a + (b - a) * share) for a, b in zip(_SCALE[low], _SCALE[high], strict=True)
+    )
+    return Text(visible(piece), style=f"rgb({red},{green},{blue})")
+
+
+def visible(text: str) -> str:
+    """Return text without control characters: a model may write terminal commands."""
+    return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)

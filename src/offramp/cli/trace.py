@@ -1,0 +1,157 @@
+"""``offramp trace``: one full pass over texts, with everything a policy could have seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offramp.cli import options as o
+from offramp.errors import UsageError
+
+if TYPE_CHECKING:
+    from offramp.model import Model
+    from offramp.plan import Plan
+    from offramp.text import Prompt
+    from offramp.trace import Trace
+
+
+def trace(
+    model: o.ModelName = None,
+    prompt: o.PromptText = None,
+    prompts: o.PromptFile = None,
+    limit: o.Limit = None,
+    given: Annotated[
+        bool,
+        typer.Option("--given", help="Trace the prompts' own text instead of answers to them."),
+    ] = False,
+    max_new_tokens: o.MaxNewTokens = 64,
+    exits: Annotated[
+        str | None, typer.Option(metavar="DEPTH,...", help="Depths to look at; all by default.")
+    ] = None,
+    keep_hidden: Annotated[
+        bool, typer.Option(help="Keep hidden states, for policies that look at them.")
+    ] = False,
+    plan: o.PlanFile = None,
+    threshold: o.ThresholdText = None,
+    raw: o.Raw = False,
+    batch_size: o.BatchSize = 8,
+    weights: o.WeightFormat = o.Weights.fp32,
+    trust_remote_code: o.Remote = False,
+    json: o.Json = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the trace goes (.safetensors); nowhere by default.")
+    ] = None,
+) -> None:
+    """Record what every exit would say of every token, and replay a policy on it.
+
+    The texts are the model's own greedy answers to the prompts, or with --given the prompts
+    themselves. A plan or --threshold is replayed: the depths are those of real generation.
+    """
+    depths = o.parse_depths(exits)
+    chosen = o.parse_plan(plan, threshold=threshold)
+    wanted = o.read_prompt_options(prompt, prompts, limit)
+    if not wanted:
+        raise UsageError("there is nothing to trace; give --prompt TEXT or --prompts FILE")
+    from rich.console import Console
+
+    from offramp.cli.output import environment, finish, table
+    from offramp.model import load
+    from offramp.trace import record
+
+    loaded = load(model, weights=weights.value, trust_remote_code=trust_remote_code)
+    chosen.check(loaded.backbone)
+    texts = _texts(loaded, wanted, given, raw, max_new_tokens, batch_size)
+    recorded = record(loaded.backbone, texts, depths, keep_hidden=keep_hidden)
+    if out is not None:
+        recorded.save(out)
+    rows = _rows(recorded)
+    replayed = _replayed(recorded, chosen)
+    if not json:
+        shown = [
+            (f"{row['depth']}", *(f"{row[key]:.3f}" for key in ("agreement", "max_prob", "loss")))
+            for row in rows
+        ]
+        head = ("depth", "agreement", "max_prob", "loss")
+        console = Console(highlight=False)
+        table(f"{len(recorded.chosen)} tokens", head, shown, console)
+        if replayed:
+            console.print(
+                f"The plan would leave at depth {replayed['mean_depth']:.1f} of "
+                f"{recorded.num_layers} on average, and choose the full model's token on "
+                f"{replayed['agreement']:.1%} of tokens."
+            )
+        if out is not None:
+            console.print(f"Written to {out}.")
+    result = {
+        "model": loaded.name,
+        "plan": chosen.model_dump(mode="json"),
+        "seed": None,
+        **environment(),
+        "tokens": len(recorded.chosen),
+        "rows": rows,
+        "replay": replayed,
+    }
+    finish(result, as_json=json, out=None)
+
+
+def _texts(
+    loaded: Model, prompts: list[Prompt], given: bool, raw: bool, new: int, batch_size: int
+) -> list[tuple[list[int], int]]:
+    """Return (ids, how many of them are not counted) of each text."""
+    from tqdm import tqdm
+
+    from offramp.text import encode
+
+    ids = [encode(loaded.tokenizer, prompt, raw=raw or given) for prompt in prompts]
+    if given:
+        return [(text, 1) for text in ids]
+    stream = loaded.stream(prompts, max_new_tokens=new, raw=raw, batch_size=batch_size)
+    with tqdm(total=len(prompts), unit="prompt", leave=False) as bar:
+        for piece in stream:
+            bar.update(piece.token.finish is not None)
+    pairs = zip(ids, stream.result.outputs, strict=True)
+    return [(text + output.token_ids, len(text)) for text, output in pairs]
+
+
+def _rows(recorded: Trace) -> list[dict[str, Any]]:
+    """Return the means of each exit, and of the last layer."""
+    rows: list[dict[str, Any]] = [
+        {
+            "depth": depth,
+            "agreement": recorded.agrees[:, i].float().mean().item(),
+            "loss": recorded.loss[:, i].mean().item(),
+            **{name: column[:, i].mean().item() for name, column in recorded.scores.items()},
+        }
+        for i, depth in enumerate(recorded.exits)
+    ]
+    last = {
+        "depth": recorded.num_layers,
+        "agreement": 1.0,
+        "loss": recorded.loss[:, -1].mean().item(),
+    }
+    return [*rows, dict.fromkeys(recorded.scores, float("nan")) | last]
+
+
+def _replayed(recorded: Trace, chosen: Plan) -> dict[str, Any] | None:
+    from offramp.plan import Exit
+    from offramp.trace import replay
+
+    if not isinstance(chosen.run, Exit):
+        return None
+    done = replay(
+        recorded,
+        chosen.run.policy,
+        max_waiting=chosen.run.max_waiting,
+        exit_prompt=chosen.run.exit_prompt,
+    )
+    depths, counts = done.depths.unique(return_counts=True)
+    return {
+        "mean_depth": done.depths.float().mean().item(),
+        "depth_histogram": {
+            str(d): c for d, c in zip(depths.tolist(), counts.tolist(), strict=True)
+        },
+        "agreement": (done.chosen == recorded.chosen[:, -1]).float().mean().item(),
+        "loss": done.loss.mean().item(),
+    }

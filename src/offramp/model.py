@@ -1,0 +1,225 @@
+"""The Python door: load a model, generate text. Joins backbone, tokenizer and plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from offramp.backbone import Backbone
+from offramp.cost import Figures, full_depth
+from offramp.errors import UsageError
+from offramp.hf.load import Weights, load_checkpoint
+from offramp.hf.open import open_model
+from offramp.plan import ModelId, Plan, Run, execute
+from offramp.request import Finish, Request, Token, check_request
+from offramp.sample import Sampling
+from offramp.text import Detokenizer, Prompt, encode
+
+
+@dataclass
+class Output:
+    """The answer to one prompt."""
+
+    prompt: Prompt
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    """Layers that chose each token."""
+    accepted: list[bool] = field(default_factory=list)
+    """Whether a draft had proposed each token."""
+    finish_reason: Finish | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one new token added."""
+
+    index: int
+    """Which prompt."""
+    text: str
+    """Text that can be shown now; empty while a character or a stop string may be incomplete."""
+    token: Token
+
+
+@dataclass(frozen=True)
+class Result:
+    """All answers of one call, and what they cost."""
+
+    outputs: list[Output]
+    figures: Figures
+
+    @property
+    def text(self) -> str:
+        """Return the first answer's text."""
+        return self.outputs[0].text
+
+
+class Stream:
+    """Iterate to generate; ``result`` holds the answers so far and what they cost."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Prompt],
+        requests: Sequence[Request],
+        watchers: Sequence[Detokenizer],
+        run: Run,
+        batch_size: int,
+    ) -> None:
+        self.outputs = [Output(prompt) for prompt in prompts]
+        self._requests, self._watchers = requests, watchers
+        self._backbone, self._batch_size = model.backbone, batch_size
+        self._before = model.backbone.meter.copy()
+        self._start = time.perf_counter()
+        self._seconds = 0.0
+        self._tokens = execute(model.backbone, requests, run, batch_size=batch_size)
+
+    def __iter__(self) -> Iterator[Piece]:
+        for token in self._tokens:
+            output, watcher = self.outputs[token.index], self._watchers[token.index]
+            output.token_ids.append(token.id)
+            output.depths.append(token.depth)
+            output.accepted.append(token.accepted)
+            output.finish_reason = token.finish
+            watcher(output.token_ids)
+            piece = watcher.release(final=token.finish is not None)
+            output.text += piece
+            self._seconds = time.perf_counter() - self._start
+            yield Piece(token.index, piece, token)
+
+    @property
+    def result(self) -> Result:
+        """Return the answers so far and what they cost."""
+        texts = [
+            (len(request.ids), len(output.token_ids))
+            for request, output in zip(self._requests, self.outputs, strict=True)
+            if output.token_ids
+        ]
+        shape = self._backbone.shape
+        figures = Figures(
+            tokens=sum(new for _, new in texts),
+            seconds=self._seconds,
+            depths=[depth for output in self.outputs for depth in output.depths],
+            work=self._backbone.meter - self._before,
+            baseline=full_depth(texts, shape, self._batch_size),
+            shape=shape,
+        )
+        return Result(self.outputs, figures)
+
+
+class Model:
+    """A causal LM that runs only as deep as its plan says. Make one with :func:`load`."""
+
+    def __init__(self, backbone: Backbone, tokenizer: Any, name: str, eos: frozenset[int]) -> None:
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.name = name
+        self.eos = eos
+
+    @property
+    def id(self) -> ModelId:
+        """Return how plans know this model."""
+        return ModelId(
+            name=self.name,
+            num_layers=self.backbone.shape.num_layers,
+            fingerprint=self.backbone.fingerprint,
+        )
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Result:
+        """Return the answers to one prompt or several; the options are those of :meth:`stream`."""
+        stream = self.stream(prompts, **options)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        plan: Plan | None = None,
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        raw: bool = False,
+        batch_size: int = 8,
+    ) -> Stream:
+        """Return a stream of pieces as they are generated.
+
+        Args:
+            prompts: a text, or chat messages; or a list of either.
+            plan: how to run the model; every layer for every token by default.
+            max_new_tokens: most new tokens of each answer.
+            sampling: how tokens are drawn, greedy by default. The i-th prompt uses ``seed + i``.
+            stop: strings that end an answer; they are not part of it.
+            raw: do not use the chat template.
+            batch_size: prompts at once.
+
+        Raises:
+            UsageError: an empty or too long prompt, a plan for another model, or an option out of
+                range; nothing has been run then.
+        """
+        many = _as_list(prompts)
+        plan = plan or Plan()
+        plan.check(self.backbone)
+        if batch_size < 1:
+            raise UsageError(f"batch-size must be 1 or more, not {batch_size}")
+        sampling = sampling or Sampling()
+        watchers = [Detokenizer(self.tokenizer, stop) for _ in many]
+        requests = [
+            Request(
+                encode(self.tokenizer, prompt, raw=raw),
+                max_new_tokens,
+                _seeded(sampling, i).chooser(),
+                self.eos,
+                watchers[i] if stop else None,
+            )
+            for i, prompt in enumerate(many)
+        ]
+        for request in requests:
+            check_request(request, self.backbone.shape.context)
+        return Stream(self, many, requests, watchers, plan.run, batch_size)
+
+
+def load(
+    name: str | None = None, *, weights: Weights = "fp32", trust_remote_code: bool = False
+) -> Model:
+    """Load a causal LM and check that it can be run layer by layer.
+
+    Args:
+        name: hub id, local folder or GGUF file; SmolLM2-135M-Instruct by default.
+        weights: precision of the weights in memory, "fp32" or "bf16".
+        trust_remote_code: run modelling code that comes with the checkpoint.
+
+    Raises:
+        OfframpError: it cannot be loaded.
+        UnsupportedModelError: it cannot be run layer by layer with the same result.
+    """
+    model, tokenizer, shown = load_checkpoint(
+        name, weights=weights, trust_remote_code=trust_remote_code
+    )
+    eos = model.generation_config.eos_token_id
+    if eos is None:
+        eos = tokenizer.eos_token_id
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    return Model(open_model(model), tokenizer, shown, frozenset(ids))
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Tell one prompt (a string, or a list of messages) from a list of prompts."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
+        return [prompts]  # type: ignore[list-item]
+    if not prompts:
+        raise UsageError("there is no prompt")
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _seeded(sampling: Sampling, index: int) -> Sampling:
+    return Sampling(
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.repetition_penalty,
+        sampling.seed + index,
+    )
