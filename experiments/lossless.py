@@ -1,0 +1,117 @@
+"""Is self-speculation lossless? Compares it token by token with Hugging Face ``generate``.
+
+    python experiments/lossless.py --data all_730.jsonl --out results/lossless.json
+
+Takes every draft depth and length, alone and in mixed batches. Resumable: each finished setting is
+written at once, and a second run goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from offramp.hf.load import load_checkpoint
+from offramp.hf.open import open_model
+from offramp.request import Request
+from offramp.speculate import Draft, speculate
+from offramp.text import encode, read_prompts
+
+
+def main() -> None:
+    """Run all settings and print one line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help=".jsonl or .txt of prompts")
+    parser.add_argument("--out", type=Path, required=True, help="results, JSON")
+    parser.add_argument("--model", help="hub id, folder or GGUF file (default: SmolLM2-135M)")
+    parser.add_argument("--limit", type=int, default=100, help="prompts, evenly taken")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--depths", type=int, nargs="+", default=[6, 12, 18, 24])
+    parser.add_argument("--draft-tokens", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 1])
+    options = parser.parse_args()
+    model, tokenizer, name = load_checkpoint(options.model)
+    prompts = read_prompts(options.data)
+    prompts = prompts[:: max(len(prompts) // options.limit, 1)][: options.limit]
+    ids = [encode(tokenizer, prompt) for prompt in prompts]
+    record = _load(options.out) or {
+        "command": "python experiments/lossless.py --data all_730.jsonl "
+        "--out results/lossless.json",
+        "model": name,
+        "torch": torch.__version__,
+        "prompts": len(ids),
+        "max_new_tokens": options.max_new_tokens,
+        "reference": _reference(model, ids, options.max_new_tokens),
+        "settings": {},
+    }
+    _save(options.out, record)
+    backbone = open_model(model)
+    for batch_size in options.batch_sizes:
+        for depth in options.depths:
+            for count in options.draft_tokens:
+                key = f"batch {batch_size}, depth {depth}, k {count}"
+                if key not in record["settings"]:
+                    draft = Draft(tuple(range(depth)), count)
+                    record["settings"][key] = _compare(backbone, ids, record, draft, batch_size)
+                    _save(options.out, record)
+                print(f"{key}: {record['settings'][key]}", flush=True)
+    wrong = sum(setting["mismatched_tokens"] for setting in record["settings"].values())
+    print(f"mismatched tokens in all: {wrong}")
+
+
+def _reference(model: Any, ids: list[list[int]], count: int) -> list[list[int]]:
+    """Return what Hugging Face generates for each prompt alone, greedily."""
+    texts = []
+    for prompt in tqdm(ids, desc="generate"):
+        batch = torch.tensor([prompt])
+        out = model.generate(batch, max_new_tokens=count, do_sample=False)
+        texts.append(out[0, len(prompt) :].tolist())
+    return texts
+
+
+def _compare(
+    backbone: Any, ids: list[list[int]], record: dict[str, Any], draft: Draft, batch_size: int
+) -> dict[str, Any]:
+    reference = record["reference"]
+    eos = frozenset([backbone.model.generation_config.eos_token_id])
+    requests = [Request(prompt, record["max_new_tokens"], eos=eos) for prompt in ids]
+    texts: list[list[int]] = [[] for _ in ids]
+    before, start = backbone.meter.copy(), time.perf_counter()
+    with tqdm(total=sum(map(len, reference)), desc=f"{len(draft.layers)} x {draft.tokens}") as bar:
+        for token in speculate(backbone, requests, draft, batch_size=batch_size):
+            texts[token.index].append(token.id)
+            bar.update()
+    work = backbone.meter - before
+    pairs = list(zip(texts, reference, strict=True))
+    return {
+        "tokens": sum(map(len, texts)),
+        "mismatched_tokens": sum(
+            max(len(a), len(b)) - sum(x == y for x, y in zip(a, b, strict=False)) for a, b in pairs
+        ),
+        "mismatched_texts": sum(a != b for a, b in pairs),
+        "distinct_tokens": len({token for text in reference for token in text}),
+        "acceptance": round(work.accepted / work.drafted, 4),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _save(path: Path, record: dict[str, Any]) -> None:
+    """Write beside and rename, so that an interruption leaves the last whole file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(record, indent=1))
+    beside.replace(path)
+
+
+if __name__ == "__main__":
+    main()
