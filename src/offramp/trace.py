@@ -265,7 +265,7 @@ def replay(
     wanted = torch.full((len(leaves),), full)
     for k in reversed(range(len(columns))):
         wanted[leaves[:, k]] = columns[k]
-    column = _bounded(wanted, trace.rows, full, max_waiting, exit_prompt)
+    column = _bounded(trace, wanted, max_waiting, exit_prompt)
     stops = torch.tensor([*trace.exits, trace.num_layers])
     take = column[:, None]
     return Replay(
@@ -308,16 +308,15 @@ def _check_look_back(trace: Trace, policy: Policy) -> None:
         )
 
 
-def _bounded(
-    wanted: Tensor, rows: Sequence[int], full: int, max_waiting: int, exit_prompt: bool
-) -> Tensor:
+def _bounded(trace: Trace, wanted: Tensor, max_waiting: int, exit_prompt: bool) -> Tensor:
     """Return the columns after the loop's own two rules: prompts stay, and queues are bounded."""
-    result = []
-    for part in wanted.split(list(rows)):
+    full, result = len(trace.exits), []
+    for part, length in zip(wanted.split(list(trace.rows)), trace.lengths, strict=True):
         waiting, columns = 0, part.tolist()
         for t, column in enumerate(columns):
             if waiting >= max_waiting or (t == 0 and not exit_prompt):
                 columns[t] = column = full
-            waiting = 0 if column == full else waiting + 1
+            # With the first counted row, the whole prompt waits.
+            waiting = 0 if column == full else waiting + (length - len(columns) if t == 0 else 1)
         result += columns
     return torch.tensor(result, dtype=torch.long)

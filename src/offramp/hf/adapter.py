@@ -2,7 +2,7 @@
 
 The model's own forward is asked to *prepare* (embeddings, masks, rotary tables) while its layers
 are stubbed out; the real layers are then run one by one with the arguments it prepared; the
-readout is its own norm, head and post-processing, reached the same way. Nothing here knows a family.
+readout is its own norm, head and post-processing, reached the same way. No family is known here.
 """
 
 from __future__ import annotations

@@ -20,6 +20,16 @@ from offramp.step import step
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 """Largest difference allowed, as a share of the largest logit; half precisions get 5e-2."""
 
+_REASONS = {
+    ("conv state", "conv_state", "recurrent", "linear attention"): (
+        "some of its layers keep a recurrent state (state-space, linear attention or convolution), "
+        "which cannot be rewound or caught up token by token"
+    ),
+    ("indexer", "compression", "cache of its own"): (
+        "its layers keep a cache of their own beside keys and values"
+    ),
+}
+
 
 def check(backbone: HFBackbone) -> None:
     """Compare full depth, exits that drain, trimming and a ragged batch with the untouched model.
@@ -42,9 +52,7 @@ def check(backbone: HFBackbone) -> None:
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"{name} cannot be run layer by layer: its layers need more than the hidden state, the "
-            f"mask, the positions and a cache of keys and values ({type(error).__name__}: "
-            f"{_first_line(error)})"
+            f"{name} cannot be run layer by layer: {_reason(error)}"
         ) from error
     if not worst <= bound:  # also catches NaN
         raise UnsupportedModelError(
@@ -130,5 +138,13 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     return (ours - theirs).abs().max().item()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0][:120]
+def _reason(error: Exception) -> str:
+    """Say in the user's words why the layers did not run."""
+    message = str(error)
+    for words, reason in _REASONS.items():
+        if any(word in message for word in words):
+            return reason
+    return (
+        "its layers need more than a hidden state, a mask, positions, and keys and values "
+        f"({type(error).__name__})"
+    )

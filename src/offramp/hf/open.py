@@ -24,36 +24,39 @@ def open_model(model: PreTrainedModel) -> HFBackbone:
         UnsupportedModelError: it cannot be run layer by layer with the same result.
     """
     model.eval()
-    config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder; offramp runs decoder-only models"
         )
     adapter = Adapter(model)
-    backbone = HFBackbone(model, adapter, _shape(model, adapter, config))
+    backbone = HFBackbone(model, adapter, _shape(model, adapter))
     check(backbone)
     return backbone
 
 
-def _shape(model: Any, adapter: Adapter, config: Any) -> Shape:
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+def _shape(model: PreTrainedModel, adapter: Adapter) -> Shape:
+    config = model.config.get_text_config(decoder=True)
+    written = config.to_dict()  # plain values, also where a configuration varies by layer
+
+    def fact(name: str) -> Any:
+        return written.get(config.attribute_map.get(name, name))
+
+    hidden, vocab = config.hidden_size, config.vocab_size
+    heads = fact("num_attention_heads") or 1
+    size = fact("head_dim") or hidden // heads
+    kv_heads = fact("num_key_value_heads") or heads
     head = model.get_output_embeddings()
-    active = getattr(config, "num_experts_per_tok", None) or 1
-    weights = [_active_weights(layer, active) for layer in adapter.layers]
+    weights = [_active_weights(layer, fact("num_experts_per_tok") or 1) for layer in adapter.layers]
     return Shape(
         num_layers=len(adapter.layers),
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        context=getattr(config, "max_position_embeddings", None) or 2**31,
+        hidden_size=hidden,
+        vocab_size=vocab,
+        context=fact("max_position_embeddings") or 2**31,
         layer_weights=sum(weights) // len(weights),
-        head_weights=config.hidden_size * config.vocab_size
-        if head is None
-        else head.weight.numel(),
-        kv_weights=2 * config.hidden_size * kv_heads * size,
+        head_weights=hidden * vocab if head is None else head.weight.numel(),
+        kv_weights=2 * hidden * kv_heads * size,
         # Entering a layer for its keys and values computes its queries, too.
-        fill_weights=(2 * kv_heads + heads) * config.hidden_size * size,
+        fill_weights=(2 * kv_heads + heads) * hidden * size,
         attention_size=heads * size,
         bytes_per_weight=next(model.parameters()).element_size(),
     )

@@ -1,0 +1,156 @@
+"""What the law tests share: opened tiny models, their own answers, hooks that count real rows."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.hf.backbone import HFBackbone
+from offramp.hf.open import open_model
+from offramp.meter import Meter
+from offramp.request import Request, Token
+from tests.families import build
+
+TEN = (
+    "llama",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "falcon",
+    "bloom",
+    "gemma2",
+    "qwen3",
+    "mixtral",
+    "gpt_oss",
+)
+"""The families every law runs on in CI; ``make families`` runs all there are."""
+
+# The last path component of the modules that make keys, mix the heads, and end the MLP.
+_KINDS = {
+    "key": ("k_proj", "query_key_value", "attn.c_attn"),
+    "output": ("o_proj", "out_proj", "attention.dense", "self_attention.dense", "attn.c_proj"),
+    "mlp": ("down_proj", "fc2", "dense_4h_to_h", "mlp.c_proj"),
+}
+
+
+@cache
+def opened(name: str) -> HFBackbone:
+    """Return the tiny random model of this family, opened and checked; one per test session."""
+    return open_model(build(name))
+
+
+def texts_of(backbone: HFBackbone, lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
+    """Return random token ids, one text per length."""
+    generator = torch.Generator().manual_seed(seed)
+    vocab = backbone.shape.vocab_size
+    return [torch.randint(4, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.no_grad()
+def own_logits(backbone: HFBackbone, ids: Sequence[int]) -> Tensor:
+    """Return the untouched model's logits at every position, ``[T, V]``."""
+    logits: Tensor = backbone.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits
+    return logits[0]
+
+
+@torch.no_grad()
+def own_answer(backbone: HFBackbone, ids: Sequence[int], count: int) -> list[int]:
+    """Return what Hugging Face's own greedy ``generate`` writes."""
+    batch = torch.tensor([list(ids)])
+    out = backbone.model.generate(
+        batch,
+        attention_mask=torch.ones_like(batch),
+        max_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    answer: list[int] = out[0, len(ids) :].tolist()
+    return answer
+
+
+def collected(tokens: Iterable[Token], count: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Return (token ids, depths) of each of ``count`` texts."""
+    ids: list[list[int]] = [[] for _ in range(count)]
+    depths: list[list[int]] = [[] for _ in range(count)]
+    for token in tokens:
+        ids[token.index].append(token.id)
+        depths[token.index].append(token.depth)
+    return ids, depths
+
+
+class Recorder:
+    """A greedy chooser that remembers the logits it saw."""
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+
+    def __call__(self, logits: Tensor, ids: Sequence[int], first: int) -> list[int]:
+        self.logits += list(logits)
+        return logits.argmax(-1).tolist()
+
+    def request(self, ids: list[int], count: int) -> Request:
+        return Request(ids, count, self)
+
+
+def assert_close(expected: Tensor, actual: Tensor) -> None:
+    """Equal in fp32 up to the order of summation: 1e-4 of the largest logit."""
+    assert expected.shape == actual.shape
+    scale = max(expected.abs().max().item(), 1.0)
+    assert (expected - actual).abs().max().item() <= 1e-4 * scale
+
+
+class Rows:
+    """Rows that really went through matrix products, by kind and layer, as hooks saw them."""
+
+    def __init__(self) -> None:
+        self.by_layer: dict[str, Counter[int]] = defaultdict(Counter)
+        self.head = 0
+
+    def total(self, kind: str) -> int:
+        return sum(self.by_layer[kind].values())
+
+
+@contextmanager
+def counted(backbone: HFBackbone) -> Iterator[Rows]:
+    """Count rows by hooks, and hold law 6 at the end: the meter is the work."""
+    rows, before = Rows(), backbone.meter.copy()
+    hooks = list(_hooks(backbone, rows))
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
+    work: Meter = backbone.meter - before
+    assert rows.total("key") == work.layer_tokens + work.fill_rows
+    assert rows.total("output") == work.layer_tokens
+    if "mlp" in rows.by_layer:  # experts are no modules that a hook could see
+        assert rows.total("mlp") == work.layer_tokens
+    assert rows.head == work.head_rows
+
+
+def _hooks(backbone: HFBackbone, rows: Rows) -> Iterator[Any]:
+    for index, layer in enumerate(backbone.adapter.layers):
+        for kind, names in _KINDS.items():
+            for module in _ending(layer, names):
+
+                def count(
+                    _m: nn.Module, args: tuple[Tensor, ...], kind: str = kind, index: int = index
+                ) -> None:
+                    rows.by_layer[kind][index] += args[0][..., 0].numel()
+
+                yield module.register_forward_pre_hook(count)
+
+    def head(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows.head += args[0][..., 0].numel()
+
+    yield backbone.model.get_output_embeddings().register_forward_pre_hook(head)
+
+
+def _ending(layer: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    return [module for name, module in layer.named_modules() if name.endswith(tuple(names))]
