@@ -10,6 +10,7 @@ import torch
 from offramp.decode import decode
 from offramp.errors import UsageError
 from offramp.policy import Threshold
+from offramp.probe import Probe
 from offramp.signals import find, registry
 from offramp.trace import Trace, load_trace, record, replay
 from tests.tools import TEN, Recorder, assert_close, collected, counted, opened, texts_of
@@ -31,7 +32,7 @@ def _policy(trace: Trace, name: str) -> Threshold:
 @pytest.mark.parametrize("family", TEN)
 @pytest.mark.parametrize("name", sorted(registry()))
 def test_replay_gives_the_depths_and_logits_of_the_loop(family: str, name: str) -> None:
-    """Generate with a policy; trace the text it wrote; replay: the same decisions, the same logits."""
+    """Generate with a policy, trace the text it wrote, replay: same decisions, same logits."""
     backbone = opened(family)
     prompts = texts_of(backbone, [5, 8, 3], seed=1)
     full, _ = collected(decode(backbone, [Recorder().request(p, 12) for p in prompts]), 3)
@@ -59,7 +60,7 @@ def test_replay_gives_the_depths_and_logits_of_the_loop(family: str, name: str) 
 
 
 def test_a_replay_by_scores_is_a_replay_by_states() -> None:
-    """Tables and hidden states judge alike; a subset of the exits needs the states where it must."""
+    """Tables and states judge alike; a subset of the exits needs the states where it must."""
     backbone = opened("llama")
     pairs = [(ids, 3) for ids in texts_of(backbone, [20, 15])]
     trace = record(backbone, pairs, EXITS, keep_hidden=True)
@@ -84,11 +85,9 @@ def test_a_policy_of_ones_own_replays_on_kept_states() -> None:
     class Norm:
         exits = (2, 4)
 
-        def leave(self, probe: object) -> torch.Tensor:
-            from offramp.probe import Probe
-
-            assert isinstance(probe, Probe)
-            return probe.logits.norm(dim=-1) > limit
+        def leave(self, probe: Probe) -> torch.Tensor:
+            strong: torch.Tensor = probe.logits.norm(dim=-1) > limit
+            return strong
 
     backbone = opened("llama")
     [ids] = texts_of(backbone, [5], seed=1)

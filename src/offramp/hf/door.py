@@ -7,6 +7,7 @@ ours. It hands a callable neither streamer nor generator, so those are given to 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from offramp.errors import UsageError
 from offramp.hf.open import open_model
 from offramp.plan import Plan, execute
 from offramp.request import Request
-from offramp.sample import greedy, gumbel
+from offramp.sample import Warp, greedy, gumbel
 
 Generate = Callable[..., Any]
 
@@ -50,8 +51,7 @@ def custom_generate(
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
-        attention_mask: Tensor | None = None,
-        **_prepared: Any,
+        **prepared: Any,
     ) -> Any:
         if model is not backbone.model:
             raise UsageError("custom_generate was made for another model")
@@ -59,16 +59,20 @@ def custom_generate(
             raise UsageError("beam search is not depth-adaptive decoding; use num_beams=1")
         if streamer is not None and len(input_ids) > 1:
             raise UsageError("a streamer takes one prompt at a time")
-        prompts = _unpadded(input_ids, attention_mask)
-        requests = [
-            Request(
-                prompt,
-                generation_config.max_length - input_ids.shape[1],
-                _chooser(logits_processor, generation_config.do_sample, seed + i, input_ids.device),
-                stops=_criterion(stopping_criteria, prompt, input_ids.device),
+        # Were the mask a parameter of its own, ``generate`` would take it for an option of ours.
+        prompts = _unpadded(input_ids, prepared.get("attention_mask"))
+        requests = []
+        for i, prompt in enumerate(prompts):
+            row = _Row(input_ids, i, len(prompt))
+            warp = row.warp(logits_processor)
+            requests.append(
+                Request(
+                    prompt,
+                    generation_config.max_length - input_ids.shape[1],
+                    gumbel(warp, seed + i) if generation_config.do_sample else greedy(warp),
+                    stops=row.stops(stopping_criteria),
+                )
             )
-            for i, prompt in enumerate(prompts)
-        ]
         new: list[list[int]] = [[] for _ in prompts]
         for token in execute(backbone, requests, plan.run, batch_size=len(requests)):
             new[token.index].append(token.id)
@@ -98,21 +102,41 @@ def _padded(new: list[list[int]], config: Any, device: torch.device) -> Tensor:
     return torch.tensor([row + [pad] * (longest - len(row)) for row in new], device=device)
 
 
-def _chooser(processors: Any, sample: bool, seed: int, device: torch.device) -> Any:
-    def warp(logits: Tensor, ids: Sequence[int], first: int) -> Tensor:
-        rows = [
-            processors(torch.tensor([ids[: first + i]], device=device), row[None].float())
-            for i, row in enumerate(logits)
-        ]
-        return torch.cat(rows)
+@dataclass(frozen=True)
+class _Row:
+    """One row of the batch, as processors and criteria see it.
 
-    return gumbel(warp, seed) if sample else greedy(warp)
+    They may keep something per row (where its padding ends, say), so each is shown a whole batch,
+    in which every row is this one, and only this row's answer is taken.
+    """
 
+    batch: Tensor  # [B, T], left-padded
+    index: int
+    length: int
+    """Tokens of this row that are no padding."""
 
-def _criterion(
-    criteria: Any, prompt: list[int], device: torch.device
-) -> Callable[[list[int]], bool]:
-    def ends(new: list[int]) -> bool:
-        return bool(criteria(torch.tensor([prompt + new], device=device), None).all())
+    def _shown(self, ids: Sequence[int]) -> Tensor:
+        padding = self.batch[self.index, : self.batch.shape[1] - self.length]
+        row = torch.cat((padding, torch.tensor(ids, device=self.batch.device)))
+        return row.expand(len(self.batch), -1)
 
-    return ends
+    def warp(self, processors: Any) -> Warp:
+        def warp(logits: Tensor, ids: Sequence[int], first: int) -> Tensor:
+            return torch.stack(
+                [
+                    processors(
+                        self._shown(ids[: first + i]), row.float().repeat(len(self.batch), 1)
+                    )[self.index]
+                    for i, row in enumerate(logits)
+                ]
+            )
+
+        return warp
+
+    def stops(self, criteria: Any) -> Callable[[list[int]], bool]:
+        prompt = self.batch[self.index, self.batch.shape[1] - self.length :].tolist()
+
+        def stops(new: list[int]) -> bool:
+            return bool(criteria(self._shown(prompt + new), None)[self.index])
+
+        return stops
