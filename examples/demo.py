@@ -1,6 +1,6 @@
 """The main job on the default model: a real answer, plain and lossless-speculative, and its cost.
 
-    make demo
+make demo
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main() -> None:
     console = Console(highlight=False, width=100)
     model = offramp.load()
     depth = model.backbone.shape.num_layers
-    console.print(f"{model.name}: {depth} layers, opened and checked against the untouched model.\n")
+    console.print(f"{model.name}: {depth} layers, checked against the untouched model.\n")
 
     draft = offramp.Speculate(draft=tuple(range(DRAFT_DEPTH)), tokens=DRAFT_TOKENS)
     model.generate(PROMPT, max_new_tokens=2)  # the first pass pages the weights in
@@ -44,8 +44,9 @@ def main() -> None:
     ratio = speculative.figures.seconds / plain.figures.seconds
     word = "slower" if ratio > 1 else "faster"
     console.print(
-        f"Speculation was {max(ratio, 1 / ratio):.2f} times {word} than plain decoding here. This model "
-        "was never\ntuned to speak from its intermediate layers; `offramp inspect` says so beforehand."
+        f"Speculation was {max(ratio, 1 / ratio):.2f} times {word} than plain decoding here. "
+        "`offramp inspect` says beforehand\nwhether it can pay: this model was never tuned to speak "
+        "from its intermediate layers."
     )
     sys.exit(not same)
 

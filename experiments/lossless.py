@@ -35,6 +35,9 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[6, 12, 18, 24])
     parser.add_argument("--draft-tokens", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 1])
+    parser.add_argument(
+        "--rotate", action="store_true", help="alone, each prompt takes one setting, in turn"
+    )
     options = parser.parse_args()
     model, tokenizer, name = load_checkpoint(options.model)
     prompts = read_prompts(options.data)
@@ -52,15 +55,14 @@ def main() -> None:
     }
     _save(options.out, record)
     backbone = open_model(model)
+    drafts = [Draft(tuple(range(d)), k) for d in options.depths for k in options.draft_tokens]
     for batch_size in options.batch_sizes:
-        for depth in options.depths:
-            for count in options.draft_tokens:
-                key = f"batch {batch_size}, depth {depth}, k {count}"
-                if key not in record["settings"]:
-                    draft = Draft(tuple(range(depth)), count)
-                    record["settings"][key] = _compare(backbone, ids, record, draft, batch_size)
-                    _save(options.out, record)
-                print(f"{key}: {record['settings'][key]}", flush=True)
+        if batch_size == 1 and options.rotate:
+            _once(options.out, record, "alone, settings in turn", backbone, ids, drafts, 1)
+            continue
+        for draft in drafts:
+            key = f"batch {batch_size}, depth {len(draft.layers)}, k {draft.tokens}"
+            _once(options.out, record, key, backbone, ids, [draft], batch_size)
     wrong = sum(setting["mismatched_tokens"] for setting in record["settings"].values())
     print(f"mismatched tokens in all: {wrong}")
 
@@ -75,18 +77,42 @@ def _reference(model: Any, ids: list[list[int]], count: int) -> list[list[int]]:
     return texts
 
 
+def _once(
+    out: Path,
+    record: dict[str, Any],
+    key: str,
+    backbone: Any,
+    ids: list[list[int]],
+    drafts: list[Draft],
+    batch_size: int,
+) -> None:
+    """Run one setting unless the record has it, and write the record."""
+    if key not in record["settings"]:
+        record["settings"][key] = _compare(backbone, ids, record, drafts, batch_size, key)
+        _save(out, record)
+    print(f"{key}: {record['settings'][key]}", flush=True)
+
+
 def _compare(
-    backbone: Any, ids: list[list[int]], record: dict[str, Any], draft: Draft, batch_size: int
+    backbone: Any,
+    ids: list[list[int]],
+    record: dict[str, Any],
+    drafts: list[Draft],
+    batch_size: int,
+    key: str,
 ) -> dict[str, Any]:
+    """Speculate on every prompt; prompt i uses draft i, in turn."""
     reference = record["reference"]
     eos = frozenset([backbone.model.generation_config.eos_token_id])
-    requests = [Request(prompt, record["max_new_tokens"], eos=eos) for prompt in ids]
     texts: list[list[int]] = [[] for _ in ids]
     before, start = backbone.meter.copy(), time.perf_counter()
-    with tqdm(total=sum(map(len, reference)), desc=f"{len(draft.layers)} x {draft.tokens}") as bar:
-        for token in speculate(backbone, requests, draft, batch_size=batch_size):
-            texts[token.index].append(token.id)
-            bar.update()
+    with tqdm(total=sum(map(len, reference)), desc=key) as bar:
+        for turn, draft in enumerate(drafts):
+            mine = range(turn, len(ids), len(drafts))
+            requests = [Request(ids[i], record["max_new_tokens"], eos=eos) for i in mine]
+            for token in speculate(backbone, requests, draft, batch_size=batch_size):
+                texts[mine[token.index]].append(token.id)
+                bar.update()
     work = backbone.meter - before
     pairs = list(zip(texts, reference, strict=True))
     return {

@@ -99,7 +99,7 @@ def test_every_way_of_running_runs(shell: Shell, checkpoint: Path, tmp_path: Pat
     plan.write_text(json.dumps(left["plan"]))
     assert shell.json(*base, "--plan", plan)["outputs"] == left["outputs"]
     copied = shell.json(*base, "--threshold", "fixed=2:1", "--kv", "copy")
-    assert copied["fill_rows"] == 9 * 4  # the prompt runs whole; nine tokens leave four layers early
+    assert copied["fill_rows"] == 9 * 4  # the prompt runs whole; nine tokens skip four layers
 
 
 def test_a_file_of_prompts_is_answered_in_order(
@@ -107,7 +107,11 @@ def test_a_file_of_prompts_is_answered_in_order(
 ) -> None:
     """In batches, like each alone; --out holds the same record."""
     file = tmp_path / "prompts.jsonl"
-    rows = [{"prompt": "a"}, {"instruction": "b", "input": "c"}, {"instruction": "long one"}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a"},
+        {"instruction": "b", "input": "c"},
+        {"instruction": "long one"},
+    ]
     rows.append({"messages": [{"role": "user", "content": "d"}]})
     file.write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "out.json"
@@ -176,7 +180,7 @@ def test_version_and_help(shell: Shell) -> None:
 def test_wrong_usage_is_found_before_a_model_loads(shell: Shell, tmp_path: Path) -> None:
     """Status 2; the model named does not even exist."""
     base = ["generate", tmp_path / "nowhere", "--prompt", "hi"]
-    for words, options in {
+    wrong: dict[str, list[object]] = {
         "there is no prompt": ["generate", tmp_path / "nowhere"],
         "the prompt is empty": ["generate", "--prompt", "  "],
         "exclude each other": [*base, "--draft", 3, "--exit", 2],
@@ -197,9 +201,10 @@ def test_wrong_usage_is_found_before_a_model_loads(shell: Shell, tmp_path: Path)
         "--weights": [*base, "--weights", "fp7"],
         "No such option": [*base, "--frobnicate"],
         "write depths": ["trace", "--prompt", "hi", "--exits", "a,b"],
-    }.items():
+        "x>=1": [*base, "--max-new-tokens", -3],
+    }
+    for words, options in wrong.items():
         shell.refused(2, words, *options)
-    shell.refused(2, "--max-new-tokens", *base, "--max-new-tokens", -3)
 
 
 def test_what_only_the_model_can_refuse(shell: Shell, checkpoint: Path, tmp_path: Path) -> None:
@@ -210,9 +215,8 @@ def test_what_only_the_model_can_refuse(shell: Shell, checkpoint: Path, tmp_path
     shell.refused(2, "outside 1 to 5", *base, "--threshold", "max_prob=6:0.5")
     shell.refused(2, "256 including its answer", "generate", checkpoint, "--prompt", "x" * 300)
     foreign = tmp_path / "plan.json"
-    foreign.write_text(
-        '{"model": {"name": "other", "num_layers": 6, "fingerprint": "00"}, "run": {"kind": "full"}}'
-    )
+    other = {"name": "other", "num_layers": 6, "fingerprint": "00"}
+    foreign.write_text(json.dumps({"model": other, "run": {"kind": "full"}}))
     shell.refused(2, "made for other", *base, "--plan", foreign)
 
 

@@ -1,4 +1,4 @@
-"""The Hugging Face door: ``model.generate(..., custom_generate=...)`` keeps all that generate does."""
+"""The Hugging Face door: ``generate(custom_generate=...)`` keeps all that ``generate`` does."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ def test_greedy_text_is_that_of_generate(
     assert len(set(expected[:, -12:].flatten().tolist())) >= 8
     loop = offramp.custom_generate(model, plan)
     assert torch.equal(expected, model.generate(**batch, **options, custom_generate=loop))
-    out = model.generate(
-        **batch, **options, custom_generate=loop, return_dict_in_generate=True
-    )
+    out = model.generate(**batch, **options, custom_generate=loop, return_dict_in_generate=True)
     assert torch.equal(expected, out.sequences)
 
 
@@ -67,7 +65,7 @@ def test_sampling_depends_on_the_seed_alone(
 ) -> None:
     """Not on the plan, nor on the process-wide generator."""
     options: dict[str, Any] = {"do_sample": True, "temperature": 1.3, "top_k": 40, "top_p": 0.9}
-    texts = []
+    texts: list[list[list[int]]] = []
     for seed in (1, 1, 2):
         for plan in PLANS:
             torch.manual_seed(len(texts))

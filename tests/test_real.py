@@ -1,4 +1,4 @@
-"""The laws on a real model and real text: SmolLM2-135M-Instruct, and the 260K-parameter story model."""
+"""The laws on real models and real text: SmolLM2-135M-Instruct and the 260K story model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import offramp
 from offramp.decode import decode
 from offramp.hf.open import open_model
-from offramp.inspection import PROMPTS, inspect
+from offramp.inspection import PROMPTS, judge
 from offramp.policy import Threshold
 from offramp.request import Request
 from offramp.speculate import Draft, speculate
@@ -39,7 +39,10 @@ def test_plain_and_speculative_text_is_that_of_generate(smol: offramp.Model) -> 
 def test_an_untuned_model_is_not_worth_it_and_inspect_says_so(smol: offramp.Model) -> None:
     """Its check costs eight layers, and its middle layers cannot speak."""
     ids = [encode(smol.tokenizer, prompt) for prompt in PROMPTS[:2]]
-    found = inspect(smol.backbone, ids, max_new_tokens=24, eos=smol.eos)
+    requests = [Request(prompt, 24, eos=smol.eos) for prompt in ids]
+    answers, _ = collected(decode(smol.backbone, requests), 2)
+    texts = [(p + answer, len(p)) for p, answer in zip(ids, answers, strict=True)]
+    found = judge(record(smol.backbone, texts), smol.backbone.shape, batched=True)
     assert found.check_in_layers == 8
     assert found.fill_in_layers == 0.0625
     agreement = {row.depth: row.agreement for row in found.rows}

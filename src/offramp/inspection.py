@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from offramp.backbone import Backbone, Shape
+from offramp.backbone import Shape
 from offramp.cost import (
     break_even_depth,
     check_in_layers,
@@ -16,10 +16,8 @@ from offramp.cost import (
     fill_in_layers,
     speculation_ratio,
 )
-from offramp.decode import decode
 from offramp.policy import Threshold
-from offramp.request import Request
-from offramp.trace import Trace, record, replay
+from offramp.trace import Trace, replay
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -76,23 +74,14 @@ class Inspection:
     recipe: str
 
 
-def inspect(
-    backbone: Backbone, prompts: Sequence[list[int]], *, max_new_tokens: int, eos: frozenset[int]
-) -> Inspection:
-    """Let the model answer the prompts greedily, then judge every depth on its own text."""
-    texts = [list(prompt) for prompt in prompts]
-    requests = [Request(prompt, max_new_tokens, eos=eos) for prompt in prompts]
-    for token in decode(backbone, requests):
-        texts[token.index].append(token.id)
-    pairs = [(ids, len(prompt)) for ids, prompt in zip(texts, prompts, strict=True)]
-    trace = record(backbone, pairs)
-    shape = backbone.shape
+def judge(trace: Trace, shape: Shape, *, batched: bool) -> Inspection:
+    """Judge every depth on a trace of the model's own greedy answers, recorded at all depths."""
     rows = tuple(_row(trace, column, shape) for column in range(len(trace.exits)))
     exits, depth, ratio = _exits(trace, rows, shape)
     verdict, recipe = _verdict(rows, exits, ratio)
     return Inspection(
         shape=shape,
-        batched=backbone.batched,
+        batched=batched,
         tokens=len(trace.chosen),
         check_in_layers=check_in_layers(shape),
         fill_in_layers=fill_in_layers(shape),

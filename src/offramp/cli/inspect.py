@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from offramp.cli import options as o
+from offramp.cli.tracing import own_answers, traced
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from offramp.inspection import Inspection
 
 
 def inspect(
@@ -18,6 +24,7 @@ def inspect(
     max_new_tokens: o.MaxNewTokens = 48,
     every: Annotated[int, typer.Option(min=1, help="Show every N-th depth in the table.")] = 3,
     raw: o.Raw = False,
+    batch_size: o.BatchSize = 8,
     weights: o.WeightFormat = o.Weights.fp32,
     trust_remote_code: o.Remote = False,
     json: o.Json = False,
@@ -34,11 +41,14 @@ def inspect(
     from offramp import inspection
     from offramp.cli.output import environment, finish
     from offramp.model import load
-    from offramp.text import encode
 
     loaded = load(model, weights=weights.value, trust_remote_code=trust_remote_code)
-    ids = [encode(loaded.tokenizer, text, raw=raw) for text in wanted or inspection.PROMPTS]
-    found = inspection.inspect(loaded.backbone, ids, max_new_tokens=max_new_tokens, eos=loaded.eos)
+    asked = wanted or list(inspection.PROMPTS)
+    texts = own_answers(
+        loaded, asked, raw=raw, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
+    backbone = loaded.backbone
+    found = inspection.judge(traced(loaded, texts), backbone.shape, batched=backbone.batched)
     if not json:
         _show(loaded.name, found, every, Console(highlight=False))
     record = {
@@ -52,14 +62,9 @@ def inspect(
     finish(record, as_json=json, out=out)
 
 
-def _show(name: str, found: object, every: int, console: object) -> None:
-    from rich.console import Console
-
+def _show(name: str, found: Inspection, every: int, console: Console) -> None:
     from offramp.cli.output import table
-    from offramp.inspection import Inspection
 
-    assert isinstance(found, Inspection)
-    assert isinstance(console, Console)
     shape = found.shape
     console.print(
         f"{name}: supported ({shape.num_layers} layers; its logits equal the untouched model's at "

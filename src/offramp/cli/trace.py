@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli import options as o
+from offramp.cli.tracing import given_texts, own_answers, traced
 from offramp.errors import UsageError
 
 if TYPE_CHECKING:
-    from offramp.model import Model
     from offramp.plan import Plan
-    from offramp.text import Prompt
     from offramp.trace import Trace
 
 
@@ -58,12 +57,17 @@ def trace(
 
     from offramp.cli.output import environment, finish, table
     from offramp.model import load
-    from offramp.trace import record
 
     loaded = load(model, weights=weights.value, trust_remote_code=trust_remote_code)
     chosen.check(loaded.backbone)
-    texts = _texts(loaded, wanted, given, raw, max_new_tokens, batch_size)
-    recorded = record(loaded.backbone, texts, depths, keep_hidden=keep_hidden)
+    texts = (
+        given_texts(loaded, wanted)
+        if given
+        else own_answers(
+            loaded, wanted, raw=raw, max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
+    )
+    recorded = traced(loaded, texts, depths, keep_hidden=keep_hidden)
     if out is not None:
         recorded.save(out)
     rows = _rows(recorded)
@@ -94,25 +98,6 @@ def trace(
         "replay": replayed,
     }
     finish(result, as_json=json, out=None)
-
-
-def _texts(
-    loaded: Model, prompts: list[Prompt], given: bool, raw: bool, new: int, batch_size: int
-) -> list[tuple[list[int], int]]:
-    """Return (ids, how many of them are not counted) of each text."""
-    from tqdm import tqdm
-
-    from offramp.text import encode
-
-    ids = [encode(loaded.tokenizer, prompt, raw=raw or given) for prompt in prompts]
-    if given:
-        return [(text, 1) for text in ids]
-    stream = loaded.stream(prompts, max_new_tokens=new, raw=raw, batch_size=batch_size)
-    with tqdm(total=len(prompts), unit="prompt", leave=False) as bar:
-        for piece in stream:
-            bar.update(piece.token.finish is not None)
-    pairs = zip(ids, stream.result.outputs, strict=True)
-    return [(text + output.token_ids, len(text)) for text, output in pairs]
 
 
 def _rows(recorded: Trace) -> list[dict[str, Any]]:
