@@ -45,8 +45,8 @@ def main() -> None:
     word = "slower" if ratio > 1 else "faster"
     console.print(
         f"Speculation was {max(ratio, 1 / ratio):.2f} times {word} than plain decoding here. "
-        "`offramp inspect` says beforehand\nwhether it can pay: this model was never tuned to speak "
-        "from its intermediate layers."
+        "`offramp inspect` says beforehand\nwhether it can pay: this model was never tuned to "
+        "speak from its intermediate layers."
     )
     sys.exit(not same)
 

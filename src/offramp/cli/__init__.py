@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import cast
 
 import typer
 
@@ -40,15 +41,27 @@ def _root(
     pass
 
 
+# What the parser raises on wrong usage. Typer carries its own click, without a public name for it.
+_ParseError = cast("type[Exception]", typer.BadParameter.__mro__[1])
+
+
 def main() -> None:
     """Run the command line; users' errors end in one line, never in a traceback."""
     try:
-        app()
+        status = app(standalone_mode=False)
+    except _ParseError as error:
+        said: str = error.format_message()  # type: ignore[attr-defined]
+        _end(2, f"{said} (offramp VERB --help tells more)" if said else "name a verb")
     except OfframpError as error:
-        print(f"offramp: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except KeyboardInterrupt:
-        print("offramp: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end(2 if isinstance(error, UsageError) else 1, str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        _end(130, "interrupted")
     except BrokenPipeError:
         sys.exit(1)
+    else:
+        sys.exit(status)
+
+
+def _end(status: int, message: str) -> None:
+    print(f"offramp: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
