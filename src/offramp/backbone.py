@@ -43,7 +43,7 @@ class Backbone(Protocol):
     shape: Shape
     meter: Meter
     batched: bool
-    """Whether texts of different length can share a call."""
+    """Whether several texts share a call; else they run one by one."""
     fingerprint: str
     """Hash of the configuration and weights, by which plans know their model."""
 

@@ -7,6 +7,7 @@ compute-bound step costs, *bytes* (weights read) what a memory-bound one does.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,17 +35,20 @@ def weight_bytes(work: Meter, shape: Shape) -> float:
     )
 
 
-def full_depth(texts: Sequence[tuple[int, int]], shape: Shape, batch_size: int) -> Meter:
+def full_depth(
+    texts: Sequence[tuple[int, int]], shape: Shape, batch_size: int, *, batched: bool = True
+) -> Meter:
     """Return the work of plain decoding of ``(prompt tokens, new tokens)`` at full depth.
 
     Follows the same pool: a text that ends makes room for the next; rows that come one per text
-    share a pass, prompts of equal length too.
+    share a pass, prompts of equal length too, unless the backbone runs texts one by one.
     """
     work = Meter()
     queue, active = list(reversed(texts)), list[tuple[int, int]]()
     while queue or active:
         fresh = [queue.pop() for _ in range(min(batch_size - len(active), len(queue)))]
-        passes = len({prompt for prompt, _ in fresh} | ({1} if active else set()))
+        groups = [prompt for prompt, _ in fresh] + [1] * len(active)
+        passes = len(set(groups)) if batched else len(groups)
         work.layer_passes += shape.num_layers * passes
         work.head_passes += 1
         active = [(prompt, left - 1) for prompt, left in active + fresh if left > 1]
@@ -123,11 +127,17 @@ class Figures:
         return {
             "tokens": self.tokens,
             **self.work.as_dict(),
-            "flops_ratio": flops(self.work, self.shape) / flops(self.baseline, self.shape),
-            "bytes_ratio": weight_bytes(self.work, self.shape)
-            / weight_bytes(self.baseline, self.shape),
+            "flops_ratio": _ratio(flops(self.work, self.shape), flops(self.baseline, self.shape)),
+            "bytes_ratio": _ratio(
+                weight_bytes(self.work, self.shape), weight_bytes(self.baseline, self.shape)
+            ),
             "seconds": self.seconds,
-            "tokens_per_second": self.tokens / self.seconds,
+            "tokens_per_second": _ratio(self.tokens, self.seconds),
             "mean_depth": sum(self.depths) / max(len(self.depths), 1),
             "depth_histogram": {str(depth): count for depth, count in counted},
         }
+
+
+def _ratio(part: float, whole: float) -> float:
+    """Return part / whole; before anything was done, nan."""
+    return part / whole if whole else math.nan

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from offramp.errors import OfframpError
@@ -12,19 +14,28 @@ from offramp.errors import OfframpError
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` make a file beside ``path``, then put it in place.
 
-    Interrupted at any moment (Ctrl-C, a full disk), ``path`` is what it was before.
+    Interrupted at any moment (Ctrl-C, a full disk), ``path`` is what it was before. A link is
+    followed, and a device is written to as it is.
 
     Raises:
         OfframpError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        write(beside)
-        beside.replace(path)
+        place = path.resolve()
+        if place.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if place.exists() and not place.is_file():
+            write(place)
+            return
+        beside = place.with_name(f".{os.getpid()}.part")
+        try:
+            write(beside)
+            beside.replace(place)
+        finally:
+            with suppress(OSError):  # there may be no such place at all
+                beside.unlink(missing_ok=True)
     except OSError as error:
         raise OfframpError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

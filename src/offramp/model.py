@@ -103,7 +103,7 @@ class Stream:
             seconds=self._seconds,
             depths=[depth for output in self.outputs for depth in output.depths],
             work=self._backbone.meter - self._before,
-            baseline=full_depth(texts, shape, self._batch_size),
+            baseline=full_depth(texts, shape, self._batch_size, batched=self._backbone.batched),
             shape=shape,
         )
         return Result(self.outputs, figures)

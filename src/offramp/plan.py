@@ -102,7 +102,7 @@ class ModelId(_Record):
 class Plan(_Record):
     """How to run a model."""
 
-    format: Literal[1] = 1
+    format: Annotated[int, Field(ge=1, le=1)] = 1
     model: ModelId | None = None
     """The model it was made for; None for a plan made by hand, which fits where its layers do."""
     run: Annotated[Run, Field(discriminator="kind")] = Full()

@@ -97,6 +97,8 @@ class Pool:
     """At most ``size`` texts at once; a text that ends makes room for the next request."""
 
     def __init__(self, backbone: Backbone, requests: Iterable[Request], size: int) -> None:
+        if size < 1:
+            raise UsageError(f"batch-size must be 1 or more, not {size}")
         self.backbone = backbone
         self.size = size
         self.active: list[Writer] = []
@@ -108,8 +110,8 @@ class Pool:
             while True:
                 self._release(writer for writer in self.active if writer.finished)
                 self.active = [writer for writer in self.active if not writer.finished]
-                waiting = islice(self._queue, self.size - len(self.active))
-                self.active += [Writer(i, request, self.backbone) for i, request in waiting]
+                for i, request in islice(self._queue, self.size - len(self.active)):
+                    self.active.append(Writer(i, request, self.backbone))
                 if not self.active:
                     return
                 yield self.active

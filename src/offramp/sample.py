@@ -63,10 +63,11 @@ class Sampling:
 
     def warp(self, logits: Tensor, ids: Sequence[int], first: int) -> Tensor:
         """Return ``logits [n, V]`` after penalty, temperature, top-k and top-p, in that order."""
+        logits = logits.float()  # in half precision a penalty would make ties
         if self.repetition_penalty != 1:
             logits = _penalised(logits, ids, first, self.repetition_penalty)
         if self.temperature > 0:
-            logits = logits.float() / self.temperature
+            logits = logits / self.temperature
             if 0 < self.top_k < logits.shape[-1]:
                 lowest = logits.topk(self.top_k, -1).values[:, -1:]
                 logits = logits.masked_fill(logits < lowest, -math.inf)

@@ -36,12 +36,12 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
         if limit is not None and len(prompts) == limit:
             break
         try:
-            line = raw.decode("utf-8").strip()
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
             raise OfframpError(f"{path}, line {number}: not valid UTF-8") from error
         if line:
             where = f"{path}, line {number}"
-            prompts.append(_from_json(line, where) if path.suffix == ".jsonl" else line)
+            prompts.append(_from_json(line, where) if path.suffix.lower() == ".jsonl" else line)
     if not prompts:
         raise OfframpError(f"{path} holds no prompts")
     return prompts
@@ -50,16 +50,17 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
 def _from_json(line: str, where: str) -> Prompt:
     try:
         row = json.loads(line)
-    except ValueError as error:
+        json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
         raise OfframpError(f"{where}: not valid JSON") from error
     match row:
         case {"messages": [*messages]} if messages and all(map(_is_message, messages)):
             return messages
-        case {"prompt": str(prompt)} if prompt:
+        case {"prompt": str(prompt)} if prompt.strip():
             return prompt
-        case {"instruction": str(instruction), "input": str(given)} if instruction and given:
-            return f"{instruction}\n\n{given}"
-        case {"instruction": str(instruction)} if instruction:
+        case {"instruction": str(instruction), "input": str(given)} if instruction.strip():
+            return f"{instruction}\n\n{given}" if given.strip() else instruction
+        case {"instruction": str(instruction)} if instruction.strip() and "input" not in row:
             return instruction
     raise OfframpError(
         f'{where}: needs a non-empty "prompt", "instruction" (with or without "input"), or '
@@ -145,8 +146,8 @@ class Detokenizer:
         # Tokenizers join pieces by their neighbours, so a token is decoded behind settled ones.
         before = self._decode(self._ids[self._context : self._stable])
         after = self._decode(self._ids[self._context :])
-        if self.stopped or (after.endswith("\ufffd") and not final):
-            return
+        if self.stopped or after == before or (after.endswith("\ufffd") and not final):
+            return  # nothing new to see, or not yet
         start = max(len(self.text) - max(map(len, self.stops), default=0), 0)
         self.text += after[len(before) :]
         self._context, self._stable = self._stable, len(self._ids)

@@ -78,7 +78,14 @@ class Trace:
         if self.hidden is not None:
             tensors["hidden"] = self.hidden
         metadata = {"offramp": json.dumps(facts)}
-        write_whole(path, lambda beside: save_file(tensors, beside, metadata))
+        write_whole(path, lambda beside: _save(tensors, beside, metadata))
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # safetensors has its own words for a full disk
+        raise OSError(str(error)) from error
 
 
 def load_trace(path: Path) -> Trace:
