@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +51,20 @@ def main() -> None:
         "torch": torch.__version__,
         "prompts": len(ids),
         "max_new_tokens": options.max_new_tokens,
-        "reference": _reference(model, ids, options.max_new_tokens),
         "settings": {},
     }
-    _save(options.out, record)
-    backbone = open_model(model)
+    texts = options.out.with_suffix(".reference")  # kept apart: results hold no text
+    reference = _load(texts) or _reference(model, ids, options.max_new_tokens)
+    _save(texts, reference)
+    runs = Runs(options.out, record, open_model(model), ids, reference)
     drafts = [Draft(tuple(range(d)), k) for d in options.depths for k in options.draft_tokens]
     for batch_size in options.batch_sizes:
         if batch_size == 1 and options.rotate:
-            _once(options.out, record, "alone, settings in turn", backbone, ids, drafts, 1)
+            runs.once("alone, settings in turn", drafts, 1)
             continue
         for draft in drafts:
             key = f"batch {batch_size}, depth {len(draft.layers)}, k {draft.tokens}"
-            _once(options.out, record, key, backbone, ids, [draft], batch_size)
+            runs.once(key, [draft], batch_size)
     wrong = sum(setting["mismatched_tokens"] for setting in record["settings"].values())
     print(f"mismatched tokens in all: {wrong}")
 
@@ -77,61 +79,60 @@ def _reference(model: Any, ids: list[list[int]], count: int) -> list[list[int]]:
     return texts
 
 
-def _once(
-    out: Path,
-    record: dict[str, Any],
-    key: str,
-    backbone: Any,
-    ids: list[list[int]],
-    drafts: list[Draft],
-    batch_size: int,
-) -> None:
-    """Run one setting unless the record has it, and write the record."""
-    if key not in record["settings"]:
-        record["settings"][key] = _compare(backbone, ids, record, drafts, batch_size, key)
-        _save(out, record)
-    print(f"{key}: {record['settings'][key]}", flush=True)
+@dataclass(frozen=True)
+class Runs:
+    """What all settings share."""
+
+    out: Path
+    record: dict[str, Any]
+    backbone: Any
+    ids: list[list[int]]
+    reference: list[list[int]]
+
+    def once(self, key: str, drafts: list[Draft], batch_size: int) -> None:
+        """Run one setting unless the record has it, and write the record."""
+        settings = self.record["settings"]
+        if key not in settings:
+            settings[key] = self.compare(drafts, batch_size, key)
+            _save(self.out, self.record)
+        print(f"{key}: {settings[key]}", flush=True)
+
+    def compare(self, drafts: list[Draft], batch_size: int, key: str) -> dict[str, Any]:
+        """Speculate on every prompt; prompt i uses draft i, in turn."""
+        eos = frozenset([self.backbone.model.generation_config.eos_token_id])
+        texts: list[list[int]] = [[] for _ in self.ids]
+        before, start = self.backbone.meter.copy(), time.perf_counter()
+        with tqdm(total=sum(map(len, self.reference)), desc=key) as bar:
+            for turn, draft in enumerate(drafts):
+                mine = range(turn, len(self.ids), len(drafts))
+                requests = [
+                    Request(self.ids[i], self.record["max_new_tokens"], eos=eos) for i in mine
+                ]
+                for token in speculate(self.backbone, requests, draft, batch_size=batch_size):
+                    texts[mine[token.index]].append(token.id)
+                    bar.update()
+        work = self.backbone.meter - before
+        pairs = list(zip(texts, self.reference, strict=True))
+        return {
+            "tokens": sum(map(len, texts)),
+            "mismatched_tokens": sum(map(_differences, texts, self.reference)),
+            "mismatched_texts": sum(a != b for a, b in pairs),
+            "distinct_tokens": len({token for text in self.reference for token in text}),
+            "acceptance": round(work.accepted / work.drafted, 4),
+            "seconds": round(time.perf_counter() - start, 1),
+        }
 
 
-def _compare(
-    backbone: Any,
-    ids: list[list[int]],
-    record: dict[str, Any],
-    drafts: list[Draft],
-    batch_size: int,
-    key: str,
-) -> dict[str, Any]:
-    """Speculate on every prompt; prompt i uses draft i, in turn."""
-    reference = record["reference"]
-    eos = frozenset([backbone.model.generation_config.eos_token_id])
-    texts: list[list[int]] = [[] for _ in ids]
-    before, start = backbone.meter.copy(), time.perf_counter()
-    with tqdm(total=sum(map(len, reference)), desc=key) as bar:
-        for turn, draft in enumerate(drafts):
-            mine = range(turn, len(ids), len(drafts))
-            requests = [Request(ids[i], record["max_new_tokens"], eos=eos) for i in mine]
-            for token in speculate(backbone, requests, draft, batch_size=batch_size):
-                texts[mine[token.index]].append(token.id)
-                bar.update()
-    work = backbone.meter - before
-    pairs = list(zip(texts, reference, strict=True))
-    return {
-        "tokens": sum(map(len, texts)),
-        "mismatched_tokens": sum(
-            max(len(a), len(b)) - sum(x == y for x, y in zip(a, b, strict=False)) for a, b in pairs
-        ),
-        "mismatched_texts": sum(a != b for a, b in pairs),
-        "distinct_tokens": len({token for text in reference for token in text}),
-        "acceptance": round(work.accepted / work.drafted, 4),
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+def _differences(ours: list[int], theirs: list[int]) -> int:
+    same = sum(a == b for a, b in zip(ours, theirs, strict=False))
+    return max(len(ours), len(theirs)) - same
 
 
-def _load(path: Path) -> dict[str, Any] | None:
+def _load(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _save(path: Path, record: dict[str, Any]) -> None:
+def _save(path: Path, record: Any) -> None:
     """Write beside and rename, so that an interruption leaves the last whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")
