@@ -289,6 +289,7 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal() -> None:
     from offramp.cli.output import depth_text, visible
 
     assert visible("a\x1b[2Jb\x07\n\tc") == "a\\x1b[2Jb\\x07\n\tc"
+    assert visible("\xa0é😀\u202e") == "\xa0é😀\\x202e"
     assert "\x1b" not in depth_text("\x1b]0;title\x07", 3, 6).plain
 
 

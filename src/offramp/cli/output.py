@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import unicodedata
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -116,5 +117,11 @@ def depth_text(piece: str, depth: int, num_layers: int) -> Text:
 
 
 def visible(text: str) -> str:
-    """Return text without control characters: a model may write terminal commands."""
-    return "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    """Return text whose control characters are shown, not sent: a model may write anything."""
+    return "".join(f"\\x{ord(c):02x}" if _controls(c) else c for c in text)
+
+
+def _controls(c: str) -> bool:
+    """Say whether a character commands the terminal, or turns the order of others around."""
+    turns = "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069"
+    return turns or (unicodedata.category(c) == "Cc" and c not in "\n\t")
