@@ -54,9 +54,30 @@ def lossless(record: dict[str, Any]) -> str:
     )
 
 
+def families(record: dict[str, Any]) -> str:
+    """Return the table of opened families, and the list of refused ones."""
+    accepted, refused = record["accepted"], record["refused"]
+    head = list(accepted[0])
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [f"| {' | '.join(row.values())} |" for row in accepted]
+    reasons = [f"- {row['family']}: {row['reason']}" for row in refused]
+    broken = sum(row["HF early exit"] != "same text" for row in accepted)
+    return "\n".join(
+        [
+            f"{len(accepted)} families opened; Hugging Face's own early exit fails on {broken} of "
+            f"them. {len(refused)} refused. transformers {record['versions']['transformers']}; "
+            f"written by `{record['command']}`.\n",
+            *lines,
+            "\nRefused:\n",
+            *reasons,
+        ]
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "README.md": ("costs", costs),
     "docs/laws.md": ("lossless", lossless),
+    "docs/families.md": ("families", families),
 }
 
 

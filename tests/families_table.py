@@ -7,7 +7,6 @@ exits then a drain give the full logits; ragged texts share a call; and what Hug
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 import warnings
@@ -17,9 +16,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 from transformers.utils import logging
 
 from offramp.batch import Text
+from offramp.cli.output import environment, finish
 from offramp.errors import UnsupportedModelError
 from offramp.hf.backbone import HFBackbone
 from offramp.hf.open import open_model
@@ -69,6 +70,9 @@ def drained(backbone: HFBackbone) -> None:
     assert_close(own_logits(backbone, ids)[-waiting - 1 :], rows)
 
 
+CHECKS = {"full depth": full_depth, "lossless": lossless, "exits, drained": drained}
+
+
 def _verdict(check: Callable[[HFBackbone], None], backbone: HFBackbone) -> str:
     try:
         check(backbone)
@@ -90,43 +94,46 @@ def hugging_face(name: str) -> str:
     return "same text" if torch.equal(expected, got) else "OTHER TEXT"
 
 
+def _opened(name: str) -> dict[str, str]:
+    """Return the findings for a family that should be accepted."""
+    row = {"family": name}
+    try:
+        backbone = open_model(build(name))
+    except UnsupportedModelError as error:
+        return row | {"full depth": f"REFUSED: {error}"}
+    row |= {title: _verdict(check, backbone) for title, check in CHECKS.items()}
+    row["ragged batch"] = "yes" if backbone.batched else "one by one"
+    return row | {"HF early exit": hugging_face(name)}
+
+
+def _refused(name: str) -> dict[str, str]:
+    try:
+        open_model(build(name))
+    except UnsupportedModelError as error:
+        return {"family": name, "reason": str(error)}
+    return {"family": name, "reason": "ACCEPTED"}
+
+
 def main() -> None:
     """Print the table; end with status 1 if a family that should be accepted is not, or differs."""
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    rows, wrong = [], 0
-    checks = (full_depth, lossless, drained)
-    for name in FAMILIES:
-        try:
-            backbone = open_model(build(name))
-            cells = [_verdict(check, backbone) for check in checks]
-            cells.append("yes" if backbone.batched else "one by one")
-        except UnsupportedModelError as error:
-            cells = ["REFUSED", str(error), "", ""]
-        wrong += any(cell in ("NO", "REFUSED") for cell in cells)
-        rows.append((name, *cells, hugging_face(name)))
-        print(".", end="", file=sys.stderr, flush=True)
-    table = Table(
-        "family", "full depth", "lossless", "exits, drained", "ragged batch", "HF early exit"
-    )
-    for row in rows:
-        table.add_row(*row)
+    accepted = [_opened(name) for name in tqdm(FAMILIES)]
+    refused = [_refused(name) for name in REFUSED]
+    table = Table(*accepted[0])
+    for row in accepted:
+        table.add_row(*row.values())
     console = Console(width=120)
     console.print(table)
-    console.print(
-        f"{len(rows)} families accepted, {wrong} of them wrong; refused, with the reason:"
-    )
-    for name in REFUSED:
-        try:
-            open_model(build(name))
-            wrong += 1
-            reason = "ACCEPTED"
-        except UnsupportedModelError as error:
-            reason = str(error)
-        console.print(f"  {name}: {reason}", markup=False, soft_wrap=True)
+    console.print(f"{len(accepted)} families; refused, with the reason:")
+    for row in refused:
+        console.print(f"  {row['family']}: {row['reason']}", markup=False, soft_wrap=True)
     if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(json.dumps(rows, indent=0) + "\n", encoding="utf-8")
-    sys.exit(bool(wrong))
+        record = {"command": "make families", **environment()}
+        record |= {"accepted": accepted, "refused": refused}
+        finish(record, as_json=False, out=Path(sys.argv[1]))
+    found = [value for row in accepted + refused for value in row.values()]
+    sys.exit(any(value == "NO" or value.startswith(("REFUSED", "ACCEPTED")) for value in found))
 
 
 if __name__ == "__main__":
