@@ -1,8 +1,9 @@
 """Is self-speculation lossless? Compares it token by token with Hugging Face ``generate``.
 
-    python experiments/lossless.py --data all_730.jsonl --out results/lossless.json
+    python experiments/lossless.py --data all_730.jsonl --rotate --out results/lossless.json
 
-Takes every draft depth and length, alone and in mixed batches. Resumable: each finished setting is
+Takes every draft depth and length in mixed batches, and alone (with --rotate each prompt takes one
+setting there, in turn: all of them took hours on two cores). Resumable: each finished setting is
 written at once, and a second run goes on where the first one stopped.
 """
 
@@ -45,7 +46,7 @@ def main() -> None:
     prompts = prompts[:: max(len(prompts) // options.limit, 1)][: options.limit]
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     record = _load(options.out) or {
-        "command": "python experiments/lossless.py --data all_730.jsonl "
+        "command": "python experiments/lossless.py --data all_730.jsonl --rotate "
         "--out results/lossless.json",
         "model": name,
         "torch": torch.__version__,
