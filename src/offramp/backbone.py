@@ -32,6 +32,8 @@ class Shape:
     attention_size: int
     """Query heads times head size: context cost per key is 4 x this many operations."""
     bytes_per_weight: float
+    head_bytes_per_weight: float
+    """The vocabulary head may be held more precisely than the layers."""
 
 
 class Backbone(Protocol):

@@ -28,11 +28,9 @@ def flops(work: Meter, shape: Shape) -> float:
 
 def weight_bytes(work: Meter, shape: Shape) -> float:
     """Return bytes of weights read, each pass reading its module's weights once."""
-    return shape.bytes_per_weight * (
-        shape.layer_weights * work.layer_passes
-        + shape.head_weights * work.head_passes
-        + shape.fill_weights * work.fill_passes
-    )
+    layers = shape.layer_weights * work.layer_passes + shape.fill_weights * work.fill_passes
+    head = shape.head_weights * work.head_passes
+    return shape.bytes_per_weight * layers + shape.head_bytes_per_weight * head
 
 
 def full_depth(

@@ -52,3 +52,10 @@ def _flushed(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())  # a rename before the data is on disk could leave an empty file
+
+
+def cache_dir() -> Path:
+    """Return where what is made once is kept: OFFRAMP_CACHE, or offramp in the user's cache."""
+    own = os.environ.get("OFFRAMP_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(own) if own else Path(base).expanduser() / "offramp"

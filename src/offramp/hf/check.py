@@ -6,11 +6,13 @@ user's words, before it can be silently wrong.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from offramp.backbone import Backbone
 from offramp.batch import Text
 from offramp.errors import UnsupportedModelError
 from offramp.hf.backbone import HFBackbone
@@ -40,14 +42,11 @@ def check(backbone: HFBackbone) -> None:
         UnsupportedModelError: anything else differs, or the layers cannot be run one by one.
     """
     name = type(backbone.model).__name__
-    ids = _probe_ids(backbone.shape.vocab_size)
+    ids = probe_ids(backbone.shape.vocab_size)
     expected = _untouched(backbone, ids)
     bound = _TOLERANCE.get(expected.dtype, 5e-2) * max(expected.abs().max().item(), 1.0)
     try:
-        text = Text(ids[:8], backbone.open())
-        worst = _difference(step(backbone, [text]).logits, expected[7:8])
-        _check_stores(text, name)
-        worst = max(worst, _leave_and_drain(backbone, text, ids, expected))
+        worst = alone(backbone, ids, expected, after_prefill=lambda text: _check_stores(text, name))
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -62,8 +61,19 @@ def check(backbone: HFBackbone) -> None:
     backbone.batched = _batch_agrees(backbone, ids, expected, bound)
 
 
-def _leave_and_drain(backbone: HFBackbone, text: Text, ids: list[int], expected: Tensor) -> float:
-    """Let two tokens leave, drain them with a third, trim, and run two again."""
+def alone(
+    backbone: Backbone,
+    ids: list[int],
+    expected: Tensor,
+    after_prefill: Callable[[Text], None] = lambda _: None,
+) -> float:
+    """Return the largest difference of three passes over one text from ``expected [T, V]``.
+
+    A prompt of eight; two tokens that leave and are drained by a third; a trim, and two again.
+    """
+    text = Text(ids[:8], backbone.open())
+    worst = _difference(step(backbone, [text]).logits, expected[7:8])
+    after_prefill(text)
     depth = backbone.shape.num_layers
     early: list[Policy] = [fixed(max(depth // 3, 1)), fixed(max(2 * depth // 3, 1))]
     for token, policy in zip(ids[8:10], early if depth > 1 else [FULL, FULL], strict=True):
@@ -76,22 +86,31 @@ def _leave_and_drain(backbone: HFBackbone, text: Text, ids: list[int], expected:
     backbone.trim(text.slot, 9)
     text.ids += ids[9:11]
     again = step(backbone, [text], tails=[2]).logits
-    return max(_difference(drained, expected[11 - rows : 11]), _difference(again, expected[9:11]))
+    return max(
+        worst,
+        _difference(drained, expected[11 - rows : 11]),
+        _difference(again, expected[9:11]),
+    )
 
 
 def _batch_agrees(backbone: HFBackbone, ids: list[int], expected: Tensor, bound: float) -> bool:
     """Return whether texts of different length can share a call."""
     backbone.batched = True
-    texts = [Text(ids[:9], backbone.open()), Text(ids[:4], backbone.open())]
     try:
-        for text in texts:
-            step(backbone, [text])
-        texts[0].ids.append(ids[9])
-        texts[1].ids.append(ids[4])
-        logits = step(backbone, texts).logits
+        return together(backbone, ids, expected) <= bound
     except Exception:  # any failure of a padded batch means: run them one by one
         return False
-    return _difference(logits, torch.stack([expected[9], expected[4]])) <= bound
+
+
+def together(backbone: Backbone, ids: list[int], expected: Tensor) -> float:
+    """Return the difference from ``expected [T, V]`` of two texts of unequal length in a batch."""
+    texts = [Text(ids[:9], backbone.open()), Text(ids[:4], backbone.open())]
+    for text in texts:
+        step(backbone, [text])
+    texts[0].ids.append(ids[9])
+    texts[1].ids.append(ids[4])
+    logits = step(backbone, texts).logits
+    return _difference(logits, torch.stack([expected[9], expected[4]]))
 
 
 def _untouched(backbone: HFBackbone, ids: list[int]) -> Tensor:
@@ -128,7 +147,8 @@ def _check_stores(text: Text, name: str) -> None:
             )
 
 
-def _probe_ids(vocab_size: int) -> list[int]:
+def probe_ids(vocab_size: int) -> list[int]:
+    """Return the twelve tokens of the check."""
     generator = torch.Generator().manual_seed(0)
     low = min(10, vocab_size // 2)  # special tokens, padding among them, usually come first
     return torch.randint(low, vocab_size, (12,), generator=generator).tolist()

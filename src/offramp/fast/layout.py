@@ -1,0 +1,71 @@
+"""The structures that kernels.cpp declares, for ctypes. Order and types are its own."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import ClassVar
+
+_Fields = ClassVar[list[tuple[str, type]]]
+
+FP32, BF16, INT8, INT4 = range(4)
+NO_NORM, PER_HEAD, WHOLE = range(3)
+ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
+
+_int, _float, _pointer, _long = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p, ctypes.c_int64
+
+
+class MatrixStruct(ctypes.Structure):
+    """One matrix product."""
+
+    _fields_: _Fields = [
+        ("weights", _pointer),
+        ("bias", _pointer),
+        ("format", _int),
+        ("outputs", _int),
+        ("inputs", _int),
+        ("first", _int),
+        ("rows", _long),
+    ]
+
+
+class LayerStruct(ctypes.Structure):
+    """One decoder layer."""
+
+    _fields_: _Fields = [
+        *((name, MatrixStruct) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, _pointer) for name in ("before_attention", "after_attention", "before_mlp")),
+        *((name, _pointer) for name in ("after_mlp", "query_norm", "key_norm", "cosines", "sines")),
+        ("window", _int),
+        ("head_norm", _int),
+    ]
+
+
+class ModelStruct(ctypes.Structure):
+    """Everything that does not change from call to call."""
+
+    _fields_: _Fields = [
+        *((name, _int) for name in ("hidden", "heads", "kv_heads", "head_size", "inner")),
+        *((name, _int) for name in ("rotary", "activation")),
+        *((name, _float) for name in ("epsilon", "scale", "residual", "softcap")),
+        *((name, _float) for name in ("logit_scale", "logit_softcap")),
+        ("norm", _pointer),
+        ("head", MatrixStruct),
+        ("layers", ctypes.POINTER(LayerStruct)),
+    ]
+
+
+class TextStruct(ctypes.Structure):
+    """Where the keys and values of one text lie."""
+
+    _fields_: _Fields = [("keys", _pointer), ("values", _pointer), ("capacity", _long)]
+
+
+class RowsStruct(ctypes.Structure):
+    """Whose row is whose, and at which position."""
+
+    _fields_: _Fields = [
+        ("texts", ctypes.POINTER(TextStruct)),
+        ("text", ctypes.POINTER(_int)),
+        ("position", ctypes.POINTER(_int)),
+        ("count", _int),
+    ]

@@ -1,0 +1,131 @@
+"""Positions, as the model itself sees them: rotary tables and windows, out of what it prepares."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.errors import UnsupportedModelError
+from offramp.fast.layout import LayerStruct
+from offramp.hf.adapter import Adapter, Prepared
+from offramp.hf.cache import LayerStore, group_cache
+
+_CHANGING = ("dynamic", "longrope")  # their tables depend on how long the text is
+_STEP = 256
+
+
+class Rotary:
+    """Rotary tables of each layer, grown by asking the model for more positions."""
+
+    def __init__(self, adapter: Adapter, context: int) -> None:
+        self._adapter, self._context = adapter, context
+        self._length = 0
+        self._rotates = [_rotates(layer) for layer in adapter.layers]
+        self._tables: list[tuple[Tensor, Tensor]] = []  # the different ones
+        self._which: list[int] = []  # layer -> table
+        _refuse_changing(adapter)
+
+    @property
+    def size(self) -> int:
+        """Return the coordinates of a head that are rotated."""
+        return self._tables[0][0].shape[-1] if self._tables else 0
+
+    def reserve(self, positions: int, layers: ctypes.Array[LayerStruct]) -> None:
+        """Have tables for this many positions, and tell the layers where they lie."""
+        if positions <= self._length:
+            return
+        goal = max(2 * self._length, positions, _STEP)
+        while self._length < goal:
+            self._extend()
+        for layer, which in enumerate(self._which):
+            if self._rotates[layer]:
+                layers[layer].cosines, layers[layer].sines = (
+                    table.data_ptr() for table in self._tables[which]
+                )
+
+    def _extend(self) -> None:
+        asked = prepared(self._adapter, self._length, _STEP)
+        pairs = [_pair(self._adapter, kwargs) for _, kwargs in asked.calls]
+        found: dict[int, int] = {}
+        if not self._tables:
+            for pair in pairs:
+                self._which.append(found.setdefault(id(pair[0]), len(found)))
+        fresh = [pairs[self._which.index(table)] for table in range(max(self._which) + 1)]
+        parts = [tuple(table[0].float() for table in pair) for pair in fresh]
+        if self._tables:
+            parts = [
+                (torch.cat((old[0], new[0])), torch.cat((old[1], new[1])))
+                for old, new in zip(self._tables, parts, strict=True)
+            ]
+        self._tables = [(cos.contiguous(), sin.contiguous()) for cos, sin in parts]
+        self._length += _STEP
+
+
+def windows(adapter: Adapter) -> list[int]:
+    """Return how many keys a row of each layer sees, 0 for all: what the model's masks let pass.
+
+    Raises:
+        UnsupportedModelError: the masks are no sliding windows.
+    """
+    config = adapter.model.config.get_text_config(decoder=True).to_dict()
+    past = (config.get("sliding_window") or 64) + 8
+    seen = [_visible(prepared(adapter, start, 1), start) for start in (past, past + 1)]
+    for first, second in zip(*seen, strict=True):
+        if first != second:
+            raise UnsupportedModelError(
+                f"the fast kernels cannot run {type(adapter.model).__name__}: its layers see "
+                "neither all earlier tokens nor a sliding window of them"
+            )
+    return seen[0]
+
+
+def prepared(adapter: Adapter, start: int, rows: int) -> Prepared:
+    """Return what the model prepares for ``rows`` tokens after ``start`` others."""
+    ids = torch.zeros(1, rows, dtype=torch.long)
+    positions = torch.arange(start, start + rows)[None]
+    slot = [LayerStore() for _ in adapter.layers]
+    with torch.no_grad():
+        return adapter.prepare(ids, positions, None, group_cache([slot], [start], rows))
+
+
+def _visible(asked: Prepared, past: int) -> list[int]:
+    counts = []
+    for _, kwargs in asked.calls:
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            counts.append(0)
+            continue
+        open_keys = mask if mask.dtype == torch.bool else mask == 0
+        count = int(open_keys.sum())
+        counts.append(0 if count == past + 1 else count)
+    return counts
+
+
+def _pair(adapter: Adapter, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    pair = kwargs.get("position_embeddings")
+    if pair is None or len(pair) != 2:
+        raise UnsupportedModelError(
+            f"the fast kernels cannot run {type(adapter.model).__name__}: its layers get no "
+            "rotary tables"
+        )
+    return pair[0], pair[1]
+
+
+def _rotates(layer: Any) -> bool:
+    """Return whether this layer uses the tables it is given (SmolLM3 leaves some without)."""
+    return bool(vars(layer.self_attn).get("use_rope", True))
+
+
+def _refuse_changing(adapter: Adapter) -> None:
+    rope = adapter.model.config.get_text_config(decoder=True).to_dict().get("rope_parameters") or {}
+    kinds = [rope.get("rope_type")]
+    kinds += [part.get("rope_type") for part in rope.values() if isinstance(part, dict)]
+    for kind in _CHANGING:
+        if kind in kinds:
+            raise UnsupportedModelError(
+                f"the fast kernels cannot run {type(adapter.model).__name__}: its {kind} rotary "
+                "tables change with the length of the text"
+            )
