@@ -29,6 +29,7 @@ ORDER = [
     ("trace", "plan"),
     ("inspection", "text"),
     ("hf",),
+    ("fast",),
     ("model",),
     ("cli",),
 ]

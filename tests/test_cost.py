@@ -52,6 +52,7 @@ def shaped(
         fill_weights=kv,
         attention_size=heads * size,
         bytes_per_weight=2,
+        head_bytes_per_weight=2,
     )
 
 
@@ -77,6 +78,7 @@ shapes = st.builds(
     fill_weights=st.integers(0, 50),
     attention_size=st.integers(0, 9),
     bytes_per_weight=st.sampled_from([0.5, 1.0, 2.0, 4.0]),
+    head_bytes_per_weight=st.sampled_from([0.5, 1.0, 2.0, 4.0]),
 )
 
 

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offramp.fast.backbone import FastBackbone
+from offramp.fast.open import open_fast
+from offramp.fast.slots import Slot
 from offramp.hf.backbone import HFBackbone
 from offramp.hf.open import open_model
 from offramp.meter import Meter
@@ -31,6 +34,19 @@ TEN = (
 )
 """The families every law runs on in CI; ``make families`` runs all there are."""
 
+FAST = tuple(
+    f"fast:{name}"
+    for name in (
+        *("llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3"),
+        *("olmo2", "granite", "gemma2", "gemma3_text"),
+    )
+)
+"""The same laws on the fast backbone."""
+
+BOTH = ("llama", "fast:llama")
+
+AnyBackbone = HFBackbone | FastBackbone
+
 # The last path component of the modules that make keys, mix the heads, and end the MLP.
 _KINDS = {
     "key": ("k_proj", "query_key_value", "attn.c_attn"),
@@ -40,12 +56,30 @@ _KINDS = {
 
 
 @cache
-def opened(name: str) -> HFBackbone:
+def generic(name: str) -> HFBackbone:
     """Return the tiny random model of this family, opened and checked; one per test session."""
     return open_model(build(name))
 
 
-def texts_of(backbone: HFBackbone, lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
+@cache
+def opened(name: str) -> AnyBackbone:
+    """Return the generic backbone of a family, or of ``fast:family`` the fast one."""
+    kind, _, family = name.rpartition(":")
+    return open_fast(generic(family)) if kind == "fast" else generic(family)
+
+
+def lengths(slot: Any) -> list[int]:
+    """Return how many positions each layer of a slot holds."""
+    return slot.lengths if isinstance(slot, Slot) else [store.length for store in slot]
+
+
+def stored(slot: Any, layer: int) -> tuple[Tensor, Tensor]:
+    """Return one layer's keys and values, ``[H, length, d]`` each."""
+    found: tuple[Tensor, Tensor] = slot.view(layer) if isinstance(slot, Slot) else slot[layer].view()
+    return found
+
+
+def texts_of(backbone: AnyBackbone, lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
     """Return random token ids, one text per length."""
     generator = torch.Generator().manual_seed(seed)
     vocab = backbone.shape.vocab_size
@@ -53,14 +87,14 @@ def texts_of(backbone: HFBackbone, lengths: Iterable[int], seed: int = 0) -> lis
 
 
 @torch.no_grad()
-def own_logits(backbone: HFBackbone, ids: Sequence[int]) -> Tensor:
+def own_logits(backbone: AnyBackbone, ids: Sequence[int]) -> Tensor:
     """Return the untouched model's logits at every position, ``[T, V]``."""
     logits: Tensor = backbone.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits
     return logits[0]
 
 
 @torch.no_grad()
-def own_answer(backbone: HFBackbone, ids: Sequence[int], count: int) -> list[int]:
+def own_answer(backbone: AnyBackbone, ids: Sequence[int], count: int) -> list[int]:
     """Return what Hugging Face's own greedy ``generate`` writes."""
     batch = torch.tensor([list(ids)])
     out = backbone.model.generate(
@@ -117,21 +151,39 @@ class Rows:
 
 
 @contextmanager
-def counted(backbone: HFBackbone) -> Iterator[Rows]:
-    """Count rows by hooks, and hold law 6 at the end: the meter is the work."""
+def counted(backbone: AnyBackbone) -> Iterator[Rows]:
+    """Count real rows, by hooks or by the kernels, and hold law 6: the meter is the work."""
     rows, before = Rows(), backbone.meter.copy()
-    hooks = list(_hooks(backbone, rows))
-    try:
-        yield rows
-    finally:
-        for hook in hooks:
-            hook.remove()
+    if isinstance(backbone, FastBackbone):
+        earlier = backbone.multiplied()
+        try:
+            yield rows
+        finally:
+            _subtract(backbone.multiplied(), earlier, rows)
+    else:
+        hooks = list(_hooks(backbone, rows))
+        try:
+            yield rows
+        finally:
+            for hook in hooks:
+                hook.remove()
     work: Meter = backbone.meter - before
     assert rows.total("key") == work.layer_tokens + work.fill_rows
     assert rows.total("output") == work.layer_tokens
     if "mlp" in rows.by_layer:  # experts are no modules that a hook could see
         assert rows.total("mlp") == work.layer_tokens
     assert rows.head == work.head_rows
+
+
+def _subtract(
+    later: list[dict[str, int]], earlier: list[dict[str, int]], rows: Rows
+) -> None:
+    for index, (now, then) in enumerate(zip(later, earlier, strict=True)):
+        for kind, count in now.items():
+            if kind == "head":
+                rows.head += count - then[kind]
+            elif count > then[kind]:
+                rows.by_layer[kind][index] += count - then[kind]
 
 
 def _hooks(backbone: HFBackbone, rows: Rows) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from offramp.decode import decode
 from offramp.request import Request
 from offramp.step import step
 from tests.tools import (
+    FAST,
     TEN,
     assert_close,
     collected,
@@ -20,7 +21,7 @@ from tests.tools import (
     texts_of,
 )
 
-pytestmark = pytest.mark.parametrize("family", TEN)
+pytestmark = pytest.mark.parametrize("family", TEN + FAST)
 
 
 def test_prefill_and_decode_give_the_models_logits(family: str) -> None:

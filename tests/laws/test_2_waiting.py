@@ -13,20 +13,24 @@ from offramp.policy import FULL, Threshold, fixed
 from offramp.request import Request
 from offramp.step import step
 from tests.tools import (
+    BOTH,
+    FAST,
     TEN,
     Recorder,
     assert_close,
     collected,
     counted,
+    lengths,
     opened,
     own_logits,
+    stored,
     texts_of,
 )
 
 EXITS = (1, 2, 4, 5)
 
 
-@pytest.mark.parametrize("family", TEN)
+@pytest.mark.parametrize("family", TEN + FAST)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_draining_gives_the_full_models_logits(family: str, seed: int) -> None:
     """Every token leaves at a random depth, some run to the end; then one step drains all."""
@@ -48,7 +52,7 @@ def test_draining_gives_the_full_models_logits(family: str, seed: int) -> None:
     assert_close(own_logits(backbone, ids)[-waiting - 1 :], drained)
 
 
-@pytest.mark.parametrize("family", TEN)
+@pytest.mark.parametrize("family", TEN + FAST)
 def test_a_prompt_that_left_early_is_drained_whole(family: str) -> None:
     """The rest of the prefill is what the first full-depth token does."""
     backbone = opened(family)
@@ -62,7 +66,7 @@ def test_a_prompt_that_left_early_is_drained_whole(family: str) -> None:
     assert_close(own_logits(backbone, ids[:10]), drained)
 
 
-@pytest.mark.parametrize("family", TEN)
+@pytest.mark.parametrize("family", TEN + FAST)
 def test_a_mixed_depth_batch_is_each_text_alone(family: str) -> None:
     """Eight ragged texts that leave where they like: same tokens, same depths, same logits."""
     backbone = opened(family)
@@ -82,9 +86,10 @@ def test_a_mixed_depth_batch_is_each_text_alone(family: str) -> None:
         assert_close(expected, actual)
 
 
-def test_no_row_runs_in_a_layer_beyond_its_depth() -> None:
+@pytest.mark.parametrize("family", BOTH)
+def test_no_row_runs_in_a_layer_beyond_its_depth(family: str) -> None:
     """Four texts leave at 1, 2, 4 and never: the hooks see just the rows that went on."""
-    backbone = opened("llama")
+    backbone = opened(family)
     texts = [Text(ids, backbone.open()) for ids in texts_of(backbone, [5, 5, 5, 5], seed=5)]
     step(backbone, texts)
     for text in texts:
@@ -104,7 +109,7 @@ def test_a_full_queue_forces_one_full_depth_step() -> None:
     assert [token.depth for token in tokens] == [6, 2, 2, 2, 6, 2, 2, 2, 6]
 
 
-@pytest.mark.parametrize("family", TEN)
+@pytest.mark.parametrize("family", TEN + FAST)
 def test_copied_states_fill_every_deeper_layer_and_run_nothing_else(family: str) -> None:
     """The hooks see the fill in the key projections alone, and later tokens attend to it."""
     backbone = opened(family)
@@ -116,16 +121,17 @@ def test_copied_states_fill_every_deeper_layer_and_run_nothing_else(family: str)
         step(backbone, [text], fixed(2), kv="copy")
     assert [rows.by_layer["key"][layer] for layer in range(6)] == [1] * 6
     assert [rows.by_layer["output"][layer] for layer in range(6)] == [1, 1, 0, 0, 0, 0]
-    assert [store.length for store in text.slot] == [8] * 6
+    assert lengths(text.slot) == [8] * 6
     text.ids.append(ids[8])
     logits = step(backbone, [text]).logits
     assert logits.isfinite().all()
     assert (logits - own_logits(backbone, ids)[-1:]).abs().max() > 1e-3  # it is an approximation
 
 
-def test_a_copy_is_what_the_layer_makes_of_the_exit_state() -> None:
+@pytest.mark.parametrize("family", (*BOTH, "fast:gemma2", "fast:olmo2"))
+def test_a_copy_is_what_the_layer_makes_of_the_exit_state(family: str) -> None:
     """Filled keys and values equal those of running the layer on that state."""
-    backbone = opened("llama")
+    backbone = opened(family)
     [ids] = texts_of(backbone, [8], seed=8)
     texts = [Text(ids[:7], backbone.open()) for _ in range(2)]
     for text in texts:
@@ -138,7 +144,7 @@ def test_a_copy_is_what_the_layer_makes_of_the_exit_state() -> None:
         span = _last(texts[1])
         backbone.run([layer], state, [span])
         for ours, theirs in zip(
-            texts[0].slot[layer].view(), texts[1].slot[layer].view(), strict=True
+            stored(texts[0].slot, layer), stored(texts[1].slot, layer), strict=True
         ):
             assert_close(theirs, ours)
 

@@ -24,6 +24,7 @@ from offramp.fast.weights import Taken
 from offramp.meter import Meter
 
 _Run = Callable[..., int]
+_WORTH_SHARING = 200_000
 
 
 class FastBackbone:
@@ -98,7 +99,7 @@ class FastBackbone:
             hidden.data_ptr(),
             len(hidden),
             logits.data_ptr(),
-            torch.get_num_threads(),
+            _threads(len(hidden) * self.shape.head_weights),
         )
         _check(status)
         self.meter.head_passes += 1
@@ -128,7 +129,7 @@ class FastBackbone:
             len(layers),
             hidden.data_ptr(),
             _rows(spans),
-            torch.get_num_threads(),
+            _threads(len(hidden) * self.shape.layer_weights),
         )
         _check(status)
         for span in spans:
@@ -168,6 +169,11 @@ def _rows(spans: Sequence[Span]) -> RowsStruct:
 def _attended(span: Span) -> int:
     """Return the keys this span's rows look at: position p sees p + 1."""
     return (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
+
+
+def _threads(products: int) -> int:
+    """Return how many threads such a matrix is worth: waiting for each other costs, too."""
+    return torch.get_num_threads() if products >= _WORTH_SHARING else 1
 
 
 def _check(status: int) -> None:

@@ -92,6 +92,8 @@ def _quantised(weight: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
         found = (step, minimum, codes)
         if best is None:
             best, least = found, error
+            if not error.any():  # as with weights de-quantised from the same format
+                break
             continue
         better = error < least
         least = torch.where(better, error, least)

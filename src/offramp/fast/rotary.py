@@ -6,32 +6,40 @@ import ctypes
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from offramp.errors import UnsupportedModelError
 from offramp.fast.layout import LayerStruct
+from offramp.fast.weights import part, refusal
 from offramp.hf.adapter import Adapter, Prepared
 from offramp.hf.cache import LayerStore, group_cache
 
 _CHANGING = ("dynamic", "longrope")  # their tables depend on how long the text is
+# What else may stand there need not show in twelve tokens (Ministral 3 scales late queries).
+_KNOWN = frozenset(
+    "rope_type type rope_theta factor low_freq_factor high_freq_factor attention_factor beta_fast "
+    "beta_slow mscale mscale_all_dim truncate partial_rotary_factor "
+    "original_max_position_embeddings".split()
+)
 _STEP = 256
 
 
 class Rotary:
     """Rotary tables of each layer, grown by asking the model for more positions."""
 
-    def __init__(self, adapter: Adapter, context: int) -> None:
-        self._adapter, self._context = adapter, context
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
         self._length = 0
-        self._rotates = [_rotates(layer) for layer in adapter.layers]
+        self._rotates = [_rotates(adapter, layer) for layer in adapter.layers]
         self._tables: list[tuple[Tensor, Tensor]] = []  # the different ones
         self._which: list[int] = []  # layer -> table
         _refuse_changing(adapter)
 
-    @property
-    def size(self) -> int:
-        """Return the coordinates of a head that are rotated."""
-        return self._tables[0][0].shape[-1] if self._tables else 0
+    def size(self, head_size: int) -> int:
+        """Return how many coordinates of a head are rotated."""
+        sizes = {table.shape[-1] for pair in self._tables for table in pair}
+        if len(sizes) > 1 or max(sizes) > head_size:
+            raise refusal(self._adapter.model, "its rotary tables do not fit its heads")
+        return sizes.pop()
 
     def reserve(self, positions: int, layers: ctypes.Array[LayerStruct]) -> None:
         """Have tables for this many positions, and tell the layers where they lie."""
@@ -40,6 +48,10 @@ class Rotary:
         goal = max(2 * self._length, positions, _STEP)
         while self._length < goal:
             self._extend()
+        self.point(layers)
+
+    def point(self, layers: ctypes.Array[LayerStruct]) -> None:
+        """Tell the layers where their tables lie."""
         for layer, which in enumerate(self._which):
             if self._rotates[layer]:
                 layers[layer].cosines, layers[layer].sines = (
@@ -54,7 +66,7 @@ class Rotary:
             for pair in pairs:
                 self._which.append(found.setdefault(id(pair[0]), len(found)))
         fresh = [pairs[self._which.index(table)] for table in range(max(self._which) + 1)]
-        parts = [tuple(table[0].float() for table in pair) for pair in fresh]
+        parts = [(cos[0].float(), sin[0].float()) for cos, sin in fresh]
         if self._tables:
             parts = [
                 (torch.cat((old[0], new[0])), torch.cat((old[1], new[1])))
@@ -62,6 +74,12 @@ class Rotary:
             ]
         self._tables = [(cos.contiguous(), sin.contiguous()) for cos, sin in parts]
         self._length += _STEP
+
+
+    @property
+    def kinds(self) -> list[object]:
+        """Return, per layer, what tells its positions from other layers'."""
+        return list(zip(self._which, self._rotates, strict=True))
 
 
 def windows(adapter: Adapter) -> list[int]:
@@ -75,9 +93,9 @@ def windows(adapter: Adapter) -> list[int]:
     seen = [_visible(prepared(adapter, start, 1), start) for start in (past, past + 1)]
     for first, second in zip(*seen, strict=True):
         if first != second:
-            raise UnsupportedModelError(
-                f"the fast kernels cannot run {type(adapter.model).__name__}: its layers see "
-                "neither all earlier tokens nor a sliding window of them"
+            raise refusal(
+                adapter.model,
+                "its layers see neither all earlier tokens nor a sliding window of them",
             )
     return seen[0]
 
@@ -107,25 +125,24 @@ def _visible(asked: Prepared, past: int) -> list[int]:
 def _pair(adapter: Adapter, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     pair = kwargs.get("position_embeddings")
     if pair is None or len(pair) != 2:
-        raise UnsupportedModelError(
-            f"the fast kernels cannot run {type(adapter.model).__name__}: its layers get no "
-            "rotary tables"
-        )
+        raise refusal(adapter.model, "its layers get no rotary tables")
     return pair[0], pair[1]
 
 
-def _rotates(layer: Any) -> bool:
+def _rotates(adapter: Adapter, layer: nn.Module) -> bool:
     """Return whether this layer uses the tables it is given (SmolLM3 leaves some without)."""
-    return bool(vars(layer.self_attn).get("use_rope", True))
+    return bool(vars(part(adapter.model, layer, "self_attn")).get("use_rope", True))
 
 
 def _refuse_changing(adapter: Adapter) -> None:
-    rope = adapter.model.config.get_text_config(decoder=True).to_dict().get("rope_parameters") or {}
-    kinds = [rope.get("rope_type")]
-    kinds += [part.get("rope_type") for part in rope.values() if isinstance(part, dict)]
-    for kind in _CHANGING:
-        if kind in kinds:
-            raise UnsupportedModelError(
-                f"the fast kernels cannot run {type(adapter.model).__name__}: its {kind} rotary "
-                "tables change with the length of the text"
+    parameters = adapter.model.config.get_text_config(decoder=True).to_dict().get("rope_parameters") or {}
+    nested = [part for part in parameters.values() if isinstance(part, dict)]
+    for rope in nested or [parameters]:
+        kind = rope.get("rope_type")
+        if kind in _CHANGING:
+            raise refusal(
+                adapter.model, f"its {kind} rotary tables change with the length of the text"
             )
+        unknown = sorted(name for name in rope.keys() - _KNOWN if rope[name] is not None)
+        if unknown:
+            raise refusal(adapter.model, f"its positions depend on {unknown[0]}")

@@ -38,14 +38,16 @@ class Taken:
     kept: list[Tensor] = field(default_factory=list)
 
 
-def take(model: nn.Module, layers: Sequence[nn.Module], windows: list[int], form: Format) -> Taken:
+def take(
+    model: nn.Module, layers: Sequence[nn.Module], form: Format, only: Sequence[int] | None = None
+) -> Taken:
     """Return the model's weights in this format.
 
     Args:
         model: the causal LM.
         layers: its decoder layers.
-        windows: keys each layer's rows see, 0 for all.
         form: the format; with int4 the vocabulary head keeps 8 bits, for it is what chooses.
+        only: the layers to take; all by default. The others must not be run.
 
     Raises:
         UnsupportedModelError: it has parts that the kernels do not have.
@@ -53,10 +55,9 @@ def take(model: nn.Module, layers: Sequence[nn.Module], windows: list[int], form
     head_form: Format = "int8" if form == "int4" else form
     taker = _Taker(model, form)
     structs = (LayerStruct * len(layers))()
-    for index, layer in enumerate(layers):
-        taker.layer(structs[index], layer)
-        structs[index].window = windows[index]
-    taker.top(layers, head_form)
+    for index in range(len(layers)) if only is None else only:
+        taker.layer(structs[index], layers[index])
+    taker.top(head_form)
     taker.struct.layers = ctypes.cast(structs, ctypes.POINTER(LayerStruct))
     return Taken(taker.struct, structs, BYTES[head_form], taker.kept)
 
@@ -64,7 +65,6 @@ def take(model: nn.Module, layers: Sequence[nn.Module], windows: list[int], form
 class _Taker:
     def __init__(self, model: Any, form: Format) -> None:
         self.model, self.form = model, form
-        self.name = type(model).__name__
         self.config = model.config.get_text_config(decoder=True)
         self.kept: list[Tensor] = []
         self.struct = ModelStruct()
@@ -73,8 +73,10 @@ class _Taker:
 
     def layer(self, struct: LayerStruct, layer: nn.Module) -> None:
         attention, mlp = self._part(layer, "self_attn"), self._part(layer, "mlp")
-        self._sizes(attention, mlp, layer)
-        s = self.struct
+        s = self._sizes(attention, mlp, layer)
+        if self.struct.heads and bytes(s) != bytes(self.struct):
+            raise self._refusal("its layers are of different sizes")
+        self.struct = s
         queries, keys = s.heads * s.head_size, s.kv_heads * s.head_size
         struct.qkv = self._matrix(
             self._one_or_several(attention, "qkv_proj", ("q_proj", "k_proj", "v_proj")),
@@ -89,22 +91,26 @@ class _Taker:
         self._norms(struct, layer, attention)
         self._nothing_left(layer)
 
-    def _sizes(self, attention: Any, mlp: Any, layer: Any) -> None:
-        config, s = self.config, self.struct
-        size = attention.head_dim
-        activation = config.to_dict().get("hidden_activation") or config.hidden_act
+    def _sizes(self, attention: nn.Module, mlp: nn.Module, layer: nn.Module) -> ModelStruct:
+        """Return what one layer says of the model."""
+        facts = self.config.to_dict()
+        activation = facts.get("hidden_activation") or facts.get("hidden_act")
         if activation not in ACTIVATIONS:
             raise self._refusal(f"its MLP uses {activation}")
-        down = self._part(mlp, "down_proj")
-        output = self._part(attention, "o_proj")
-        facts = config.to_dict()
-        s.hidden, s.head_size = config.hidden_size, size
-        s.heads, s.inner = output.weight.shape[1] // size, down.weight.shape[1]
-        s.kv_heads = facts.get("num_key_value_heads") or s.heads
-        s.activation = ACTIVATIONS[activation]
-        s.scale = float(attention.scaling)
-        s.residual = float(layer.__dict__.get("residual_multiplier", 1.0))
-        s.softcap = facts.get("attn_logit_softcapping") or 0.0
+        down, output = self._part(mlp, "down_proj"), self._part(attention, "o_proj")
+        heads = facts["num_attention_heads"]
+        size = vars(attention).get("head_dim") or self.config.hidden_size // heads
+        return ModelStruct(
+            hidden=self.config.hidden_size,
+            head_size=size,
+            heads=output.weight.shape[1] // size,
+            kv_heads=facts.get("num_key_value_heads") or heads,
+            inner=down.weight.shape[1],
+            activation=ACTIVATIONS[activation],
+            scale=float(vars(attention).get("scaling", size**-0.5)),
+            residual=float(vars(layer).get("residual_multiplier", 1.0)),
+            softcap=facts.get("attn_logit_softcapping") or 0.0,
+        )
 
     def _norms(self, struct: LayerStruct, layer: nn.Module, attention: nn.Module) -> None:
         """Which norm stands where: some families norm what comes out, some both ends."""
@@ -135,7 +141,7 @@ class _Taker:
         struct.query_norm = self._address(self._gains(query, sizes[0]))
         struct.key_norm = self._address(self._gains(key, sizes[1]))
 
-    def top(self, layers: Sequence[nn.Module], form: Format) -> None:
+    def top(self, form: Format) -> None:
         """Take the last norm, the head and what scales the logits."""
         s, facts = self.struct, self.config.to_dict()
         inner = self.model.base_model
@@ -174,7 +180,7 @@ class _Taker:
             self._used.update(id(p) for p in module.parameters())
         weight = torch.cat([module.weight.detach().float() for module in modules])
         biases = [module.bias for module in modules]
-        if len(weight) != sum(sizes):
+        if len(weight) != sum(sizes) or weight.shape[1] not in self._widths():
             raise self._refusal("its matrices have unexpected sizes")
         packed = pack(_apart(weight, sizes), form or self.form)
         struct = MatrixStruct(
@@ -194,16 +200,16 @@ class _Taker:
             struct.bias = self._address(torch.cat((bias, spare)))
         return struct
 
+    def _widths(self) -> set[int]:
+        return {self.struct.hidden, self.struct.inner, self.struct.heads * self.struct.head_size}
+
     def _one_or_several(self, parent: nn.Module, one: str, several: Sequence[str]) -> list[Any]:
         if one in parent._modules:
             return [self._part(parent, one)]
         return [self._part(parent, name) for name in several]
 
     def _part(self, parent: nn.Module, name: str) -> Any:
-        module = parent._modules.get(name)
-        if module is None:
-            raise self._refusal(f"its {type(parent).__name__} has no {name}")
-        return module
+        return part(self.model, parent, name)
 
     def _nothing_left(self, layer: nn.Module) -> None:
         for name, parameter in layer.named_parameters():
@@ -216,7 +222,20 @@ class _Taker:
         return tensor.data_ptr()
 
     def _refusal(self, reason: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"the fast kernels cannot run {self.name}: {reason}")
+        return refusal(self.model, reason)
+
+
+def part(model: nn.Module, parent: nn.Module, name: str) -> Any:
+    """Return a module's part of this name, or refuse the model."""
+    found = parent._modules.get(name)
+    if found is None:
+        raise refusal(model, f"its {type(parent).__name__} has no {name}")
+    return found
+
+
+def refusal(model: nn.Module, reason: str) -> UnsupportedModelError:
+    """Return the error that says why the kernels do not fit this model."""
+    return UnsupportedModelError(f"the fast kernels cannot run {type(model).__name__}: {reason}")
 
 
 def _apart(rows: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -6,7 +6,8 @@ user's words, before it can be silently wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def check(backbone: HFBackbone) -> None:
     expected = _untouched(backbone, ids)
     bound = _TOLERANCE.get(expected.dtype, 5e-2) * max(expected.abs().max().item(), 1.0)
     try:
-        worst = alone(backbone, ids, expected, after_prefill=lambda text: _check_stores(text, name))
+        stores = partial(_check_stores, name=name)
+        worst = alone(backbone, ids, expected, range(backbone.shape.num_layers), stores)
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -65,27 +67,29 @@ def alone(
     backbone: Backbone,
     ids: list[int],
     expected: Tensor,
+    layers: Sequence[int],
     after_prefill: Callable[[Text], None] = lambda _: None,
 ) -> float:
     """Return the largest difference of three passes over one text from ``expected [T, V]``.
 
-    A prompt of eight; two tokens that leave and are drained by a third; a trim, and two again.
+    All run on the path ``layers``: a prompt of eight; two tokens that leave and are drained by a
+    third; a trim, and two again.
     """
     text = Text(ids[:8], backbone.open())
-    worst = _difference(step(backbone, [text]).logits, expected[7:8])
+    worst = _difference(step(backbone, [text], layers=layers).logits, expected[7:8])
     after_prefill(text)
-    depth = backbone.shape.num_layers
+    depth = len(layers)
     early: list[Policy] = [fixed(max(depth // 3, 1)), fixed(max(2 * depth // 3, 1))]
     for token, policy in zip(ids[8:10], early if depth > 1 else [FULL, FULL], strict=True):
         text.ids.append(token)
-        step(backbone, [text], policy)
+        step(backbone, [text], policy, layers=layers)
     text.ids.append(ids[10])
     rows = text.num_waiting + 1
-    drained = step(backbone, [text], tails=[rows]).logits
+    drained = step(backbone, [text], layers=layers, tails=[rows]).logits
     text.trim(9)
     backbone.trim(text.slot, 9)
     text.ids += ids[9:11]
-    again = step(backbone, [text], tails=[2]).logits
+    again = step(backbone, [text], layers=layers, tails=[2]).logits
     return max(
         worst,
         _difference(drained, expected[11 - rows : 11]),
@@ -97,19 +101,21 @@ def _batch_agrees(backbone: HFBackbone, ids: list[int], expected: Tensor, bound:
     """Return whether texts of different length can share a call."""
     backbone.batched = True
     try:
-        return together(backbone, ids, expected) <= bound
+        return together(backbone, ids, expected, range(backbone.shape.num_layers)) <= bound
     except Exception:  # any failure of a padded batch means: run them one by one
         return False
 
 
-def together(backbone: Backbone, ids: list[int], expected: Tensor) -> float:
+def together(
+    backbone: Backbone, ids: list[int], expected: Tensor, layers: Sequence[int]
+) -> float:
     """Return the difference from ``expected [T, V]`` of two texts of unequal length in a batch."""
     texts = [Text(ids[:9], backbone.open()), Text(ids[:4], backbone.open())]
     for text in texts:
-        step(backbone, [text])
+        step(backbone, [text], layers=layers)
     texts[0].ids.append(ids[9])
     texts[1].ids.append(ids[4])
-    logits = step(backbone, texts).logits
+    logits = step(backbone, texts, layers=layers).logits
     return _difference(logits, torch.stack([expected[9], expected[4]]))
 
 
