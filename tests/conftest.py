@@ -69,7 +69,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(checkpoint: Path) -> offramp.Model:
     """The tiny checkpoint, loaded."""
-    return offramp.load(str(checkpoint))
+    return offramp.load(str(checkpoint), backbone="hf")
 
 
 @pytest.fixture(scope="session")
@@ -79,4 +79,4 @@ def smol() -> offramp.Model:
         default_gguf()
     except OfframpError as error:
         pytest.skip(str(error))
-    return offramp.load()
+    return offramp.load(backbone="hf")

@@ -89,7 +89,7 @@ class Counting:
         self, shape: Shape, token: Callable[[int], int] = lambda _depth: 0, *, batched: bool = True
     ) -> None:
         self.shape, self.meter, self.fingerprint = shape, Meter(), ""
-        self.token, self.batched = token, batched
+        self.token, self.batched, self.ragged = token, batched, False
 
     def open(self) -> object:
         """Return a slot that holds nothing."""
@@ -205,7 +205,8 @@ def test_rows_are_operations_and_passes_are_bytes(shape: Shape, count: int) -> N
     assert set(prices) == set(Meter().as_dict())
     for name, (operations, weights) in prices.items():
         work = Meter(**{name: count})
-        expected = (count * operations, count * weights * shape.bytes_per_weight)
+        size = shape.head_bytes_per_weight if name == "head_passes" else shape.bytes_per_weight
+        expected = (count * operations, count * weights * size)
         assert expected == (flops(work, shape), weight_bytes(work, shape))
 
 

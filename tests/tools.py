@@ -75,7 +75,8 @@ def lengths(slot: Any) -> list[int]:
 
 def stored(slot: Any, layer: int) -> tuple[Tensor, Tensor]:
     """Return one layer's keys and values, ``[H, length, d]`` each."""
-    found: tuple[Tensor, Tensor] = slot.view(layer) if isinstance(slot, Slot) else slot[layer].view()
+    found: tuple[Tensor, Tensor]
+    found = slot.view(layer) if isinstance(slot, Slot) else slot[layer].view()
     return found
 
 
@@ -175,9 +176,7 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
     assert rows.head == work.head_rows
 
 
-def _subtract(
-    later: list[dict[str, int]], earlier: list[dict[str, int]], rows: Rows
-) -> None:
+def _subtract(later: list[dict[str, int]], earlier: list[dict[str, int]], rows: Rows) -> None:
     for index, (now, then) in enumerate(zip(later, earlier, strict=True)):
         for kind, count in now.items():
             if kind == "head":

@@ -46,6 +46,8 @@ class Backbone(Protocol):
     meter: Meter
     batched: bool
     """Whether several texts share a call; else they run one by one."""
+    ragged: bool
+    """Whether they share it when they bring different numbers of rows, too."""
     fingerprint: str
     """Hash of the configuration and weights, by which plans know their model."""
 

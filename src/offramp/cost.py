@@ -34,19 +34,25 @@ def weight_bytes(work: Meter, shape: Shape) -> float:
 
 
 def full_depth(
-    texts: Sequence[tuple[int, int]], shape: Shape, batch_size: int, *, batched: bool = True
+    texts: Sequence[tuple[int, int]],
+    shape: Shape,
+    batch_size: int,
+    *,
+    batched: bool = True,
+    ragged: bool = False,
 ) -> Meter:
     """Return the work of plain decoding of ``(prompt tokens, new tokens)`` at full depth.
 
     Follows the same pool: a text that ends makes room for the next; rows that come one per text
-    share a pass, prompts of equal length too, unless the backbone runs texts one by one.
+    share a pass, prompts of equal length too (of any length on a ragged backbone), unless the
+    backbone runs texts one by one.
     """
     work = Meter()
     queue, active = list(reversed(texts)), list[tuple[int, int]]()
     while queue or active:
         fresh = [queue.pop() for _ in range(min(batch_size - len(active), len(queue)))]
         groups = [prompt for prompt, _ in fresh] + [1] * len(active)
-        passes = len(set(groups)) if batched else len(groups)
+        passes = 1 if ragged else len(set(groups)) if batched else len(groups)
         work.layer_passes += shape.num_layers * passes
         work.head_passes += 1
         active = [(prompt, left - 1) for prompt, left in active + fresh if left > 1]

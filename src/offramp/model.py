@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from offramp.backbone import Backbone
 from offramp.cost import Figures, full_depth
-from offramp.errors import UsageError
-from offramp.hf.load import Weights, load_checkpoint
+from offramp.errors import UnsupportedModelError, UsageError
+from offramp.fast.build import UnavailableError
+from offramp.fast.open import open_fast
+from offramp.fast.pack import Format
+from offramp.hf.load import GENERIC_FORMATS, load_checkpoint
 from offramp.hf.open import open_model
 from offramp.plan import ModelId, Plan, Run, execute
 from offramp.request import Finish, Request, Token, check_request
 from offramp.sample import Sampling
 from offramp.text import Detokenizer, Prompt, encode
+
+BackboneName = Literal["auto", "fast", "hf"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -103,7 +111,13 @@ class Stream:
             seconds=self._seconds,
             depths=[depth for output in self.outputs for depth in output.depths],
             work=self._backbone.meter - self._before,
-            baseline=full_depth(texts, shape, self._batch_size, batched=self._backbone.batched),
+            baseline=full_depth(
+                texts,
+                shape,
+                self._batch_size,
+                batched=self._backbone.batched,
+                ragged=self._backbone.ragged,
+            ),
             shape=shape,
         )
         return Result(self.outputs, figures)
@@ -183,27 +197,55 @@ class Model:
 
 
 def load(
-    name: str | None = None, *, weights: Weights = "fp32", trust_remote_code: bool = False
+    name: str | None = None,
+    *,
+    backbone: BackboneName = "auto",
+    weights: Format = "fp32",
+    trust_remote_code: bool = False,
 ) -> Model:
     """Load a causal LM and check that it can be run layer by layer.
 
     Args:
         name: hub id, local folder or GGUF file; SmolLM2-135M-Instruct by default.
-        weights: precision of the weights in memory, "fp32" or "bf16".
+        backbone: "fast" runs Llama-like models on a CPU by kernels of this library, "hf" any model
+            by its own modules; "auto" is fast where it can be, else hf, and logs why.
+        weights: how the weights are held, "fp32", "bf16", "int8" or "int4"; the last two are for
+            the fast backbone.
         trust_remote_code: run modelling code that comes with the checkpoint.
 
     Raises:
         OfframpError: it cannot be loaded.
-        UnsupportedModelError: it cannot be run layer by layer with the same result.
+        UnsupportedModelError: it cannot be run layer by layer with the same result, or not by the
+            backbone asked for.
+        UsageError: weights that the generic backbone cannot hold.
     """
+    if backbone == "hf" and weights not in GENERIC_FORMATS:
+        raise UsageError(f"{weights} weights need the fast backbone")
     model, tokenizer, shown = load_checkpoint(
-        name, weights=weights, trust_remote_code=trust_remote_code
+        name,
+        weights="bf16" if (backbone, weights) == ("hf", "bf16") else "fp32",
+        trust_remote_code=trust_remote_code,
     )
     eos = model.generation_config.eos_token_id
     if eos is None:
         eos = tokenizer.eos_token_id
     ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return Model(open_model(model), tokenizer, shown, frozenset(ids))
+    return Model(_opened(model, backbone, weights), tokenizer, shown, frozenset(ids))
+
+
+def _opened(model: Any, backbone: BackboneName, weights: Format) -> Backbone:
+    """Return the backbone asked for; with "auto" the generic one where the fast one cannot be."""
+    generic = open_model(model)
+    if backbone == "hf":
+        return generic
+    try:
+        return open_fast(generic, weights)
+    except (UnavailableError, UnsupportedModelError) as error:
+        if backbone == "fast":
+            raise
+        held = "bf16" if weights == "bf16" else "fp32"
+        _log.warning("offramp: %s; running its own modules with %s weights", error, held)
+    return open_model(model.bfloat16()) if held == "bf16" else generic
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -41,6 +41,7 @@ def generate(
     ] = None,
     raw: o.Raw = False,
     batch_size: o.BatchSize = 8,
+    backbone: o.BackboneOption = o.BackboneName.auto,
     weights: o.WeightFormat = o.Weights.fp32,
     trust_remote_code: o.Remote = False,
     json: o.Json = False,
@@ -72,7 +73,12 @@ def generate(
     from offramp.cli.output import environment, figures_table, finish
     from offramp.model import load
 
-    loaded = load(model, weights=weights.value, trust_remote_code=trust_remote_code)
+    loaded = load(
+        model,
+        backbone=backbone.value,
+        weights=weights.value,
+        trust_remote_code=trust_remote_code,
+    )
     stream = loaded.stream(
         wanted,
         plan=chosen,

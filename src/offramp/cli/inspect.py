@@ -25,6 +25,7 @@ def inspect(
     every: Annotated[int, typer.Option(min=1, help="Show every N-th depth in the table.")] = 3,
     raw: o.Raw = False,
     batch_size: o.BatchSize = 8,
+    backbone: o.BackboneOption = o.BackboneName.auto,
     weights: o.WeightFormat = o.Weights.fp32,
     trust_remote_code: o.Remote = False,
     json: o.Json = False,
@@ -42,13 +43,19 @@ def inspect(
     from offramp.cli.output import environment, finish
     from offramp.model import load
 
-    loaded = load(model, weights=weights.value, trust_remote_code=trust_remote_code)
+    loaded = load(
+        model,
+        backbone=backbone.value,
+        weights=weights.value,
+        trust_remote_code=trust_remote_code,
+    )
     asked = wanted or list(inspection.PROMPTS)
     texts = own_answers(
         loaded, asked, raw=raw, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    backbone = loaded.backbone
-    found = inspection.judge(traced(loaded, texts), backbone.shape, batched=backbone.batched)
+    found = inspection.judge(
+        traced(loaded, texts), loaded.backbone.shape, batched=loaded.backbone.batched
+    )
     if not json:
         _show(loaded.name, found, every, Console(highlight=False))
     record = {

@@ -16,10 +16,20 @@ if TYPE_CHECKING:
 
 
 class Weights(StrEnum):
-    """Precision of the weights in memory."""
+    """How the weights are held in memory."""
 
     fp32 = "fp32"
     bf16 = "bf16"
+    int8 = "int8"
+    int4 = "int4"
+
+
+class BackboneName(StrEnum):
+    """What runs the layers."""
+
+    auto = "auto"
+    fast = "fast"
+    hf = "hf"
 
 
 class KV(StrEnum):
@@ -53,7 +63,16 @@ MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Most new tokens of each answer.")
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts at once.")]
-WeightFormat = Annotated[Weights, typer.Option("--weights", help="Precision of the weights.")]
+WeightFormat = Annotated[
+    Weights,
+    typer.Option("--weights", help="How weights are held; int8 and int4 need the fast backbone."),
+]
+BackboneOption = Annotated[
+    BackboneName,
+    typer.Option(
+        "--backbone", help="Own kernels (fast: Llama-like, CPU), the model's modules (hf), or auto."
+    ),
+]
 Remote = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run modelling code that comes with the checkpoint."),

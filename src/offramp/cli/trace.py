@@ -36,6 +36,7 @@ def trace(
     threshold: o.ThresholdText = None,
     raw: o.Raw = False,
     batch_size: o.BatchSize = 8,
+    backbone: o.BackboneOption = o.BackboneName.auto,
     weights: o.WeightFormat = o.Weights.fp32,
     trust_remote_code: o.Remote = False,
     json: o.Json = False,
@@ -58,7 +59,12 @@ def trace(
     from offramp.cli.output import environment, finish, table
     from offramp.model import load
 
-    loaded = load(model, weights=weights.value, trust_remote_code=trust_remote_code)
+    loaded = load(
+        model,
+        backbone=backbone.value,
+        weights=weights.value,
+        trust_remote_code=trust_remote_code,
+    )
     chosen.check(loaded.backbone)
     texts = (
         given_texts(loaded, wanted)

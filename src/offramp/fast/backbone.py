@@ -45,7 +45,7 @@ class FastBackbone:
         self.shape = shape
         self.meter = Meter()
         self.fingerprint = fingerprint
-        self.batched = True
+        self.batched = self.ragged = True
         self.weights = weights
         self._taken, self._rotary = taken, rotary
         self._embedding, self._embedding_scale = model.get_input_embeddings(), embedding_scale

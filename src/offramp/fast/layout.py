@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 from typing import ClassVar
 
-_Fields = ClassVar[list[tuple[str, type]]]
-
 FP32, BF16, INT8, INT4 = range(4)
 NO_NORM, PER_HEAD, WHOLE = range(3)
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
@@ -17,7 +15,7 @@ _int, _float, _pointer, _long = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p,
 class MatrixStruct(ctypes.Structure):
     """One matrix product."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar = [
         ("weights", _pointer),
         ("bias", _pointer),
         ("format", _int),
@@ -31,7 +29,7 @@ class MatrixStruct(ctypes.Structure):
 class LayerStruct(ctypes.Structure):
     """One decoder layer."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar = [
         *((name, MatrixStruct) for name in ("qkv", "output", "gate_up", "down")),
         *((name, _pointer) for name in ("before_attention", "after_attention", "before_mlp")),
         *((name, _pointer) for name in ("after_mlp", "query_norm", "key_norm", "cosines", "sines")),
@@ -43,7 +41,7 @@ class LayerStruct(ctypes.Structure):
 class ModelStruct(ctypes.Structure):
     """Everything that does not change from call to call."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar = [
         *((name, _int) for name in ("hidden", "heads", "kv_heads", "head_size", "inner")),
         *((name, _int) for name in ("rotary", "activation")),
         *((name, _float) for name in ("epsilon", "scale", "residual", "softcap")),
@@ -57,13 +55,13 @@ class ModelStruct(ctypes.Structure):
 class TextStruct(ctypes.Structure):
     """Where the keys and values of one text lie."""
 
-    _fields_: _Fields = [("keys", _pointer), ("values", _pointer), ("capacity", _long)]
+    _fields_: ClassVar = [("keys", _pointer), ("values", _pointer), ("capacity", _long)]
 
 
 class RowsStruct(ctypes.Structure):
     """Whose row is whose, and at which position."""
 
-    _fields_: _Fields = [
+    _fields_: ClassVar = [
         ("texts", ctypes.POINTER(TextStruct)),
         ("text", ctypes.POINTER(_int)),
         ("position", ctypes.POINTER(_int)),

@@ -57,8 +57,7 @@ def _made(
     windows: list[int],
     only: Sequence[int] | None = None,
 ) -> FastBackbone:
-    taken = take(generic.model, generic.adapter.layers, weights, only)
-    rotary.reserve(1, taken.layers)
+    taken = take(generic.model, list(generic.adapter.layers), weights, only)
     rotary.point(taken.layers)
     taken.struct.rotary = rotary.size(taken.struct.head_size)
     for layer, window in zip(taken.layers, windows, strict=True):

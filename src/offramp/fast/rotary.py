@@ -15,11 +15,11 @@ from offramp.hf.cache import LayerStore, group_cache
 
 _CHANGING = ("dynamic", "longrope")  # their tables depend on how long the text is
 # What else may stand there need not show in twelve tokens (Ministral 3 scales late queries).
-_KNOWN = frozenset(
-    "rope_type type rope_theta factor low_freq_factor high_freq_factor attention_factor beta_fast "
-    "beta_slow mscale mscale_all_dim truncate partial_rotary_factor "
-    "original_max_position_embeddings".split()
-)
+_KNOWN = {
+    *("rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"),
+    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    *("partial_rotary_factor", "original_max_position_embeddings"),
+}
 _STEP = 256
 
 
@@ -33,6 +33,7 @@ class Rotary:
         self._tables: list[tuple[Tensor, Tensor]] = []  # the different ones
         self._which: list[int] = []  # layer -> table
         _refuse_changing(adapter)
+        self._extend()
 
     def size(self, head_size: int) -> int:
         """Return how many coordinates of a head are rotated."""
@@ -74,7 +75,6 @@ class Rotary:
             ]
         self._tables = [(cos.contiguous(), sin.contiguous()) for cos, sin in parts]
         self._length += _STEP
-
 
     @property
     def kinds(self) -> list[object]:
@@ -135,7 +135,8 @@ def _rotates(adapter: Adapter, layer: nn.Module) -> bool:
 
 
 def _refuse_changing(adapter: Adapter) -> None:
-    parameters = adapter.model.config.get_text_config(decoder=True).to_dict().get("rope_parameters") or {}
+    config = adapter.model.config.get_text_config(decoder=True).to_dict()
+    parameters = config.get("rope_parameters") or {}
     nested = [part for part in parameters.values() if isinstance(part, dict)]
     for rope in nested or [parameters]:
         kind = rope.get("rope_type")

@@ -7,7 +7,7 @@ usual names. Whether they mean the usual things is for the check against the gen
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,8 +135,10 @@ class _Taker:
         query, key = self._part(attention, "q_norm"), self._part(attention, "k_norm")
         each = query.weight.numel() == s.head_size
         struct.head_norm = PER_HEAD if each else WHOLE
-        sizes = (s.head_size, s.head_size) if each else (
-            s.heads * s.head_size, s.kv_heads * s.head_size
+        sizes = (
+            (s.head_size, s.head_size)
+            if each
+            else (s.heads * s.head_size, s.kv_heads * s.head_size)
         )
         struct.query_norm = self._address(self._gains(query, sizes[0]))
         struct.key_norm = self._address(self._gains(key, sizes[1]))
@@ -162,8 +164,9 @@ class _Taker:
         self._used.update(id(p) for p in norm.parameters())
         dtype = next((p.dtype for p in norm.parameters()), torch.float32)
         with torch.no_grad():
-            answer: Tensor = norm(torch.ones(1, size, dtype=dtype))[0]
-        return answer.float() * (1 + epsilon) ** 0.5
+            answer: Tensor = norm(torch.ones(1, size, dtype=dtype))
+        gains: Tensor = answer[0].float() * (1 + epsilon) ** 0.5
+        return gains
 
     def _matrix(
         self,
@@ -242,7 +245,7 @@ def _apart(rows: Tensor, sizes: Sequence[int]) -> Tensor:
     """Pad each part but the last to whole blocks of outputs."""
     if len(sizes) == 1:
         return rows
-    padded: Callable[[Tensor], Tensor] = lambda part: torch.cat(  # noqa: E731
-        (part, part.new_zeros(-len(part) % LANES, *part.shape[1:]))
-    )
-    return torch.cat([padded(part) for part in rows.split(list(sizes))])
+    parts = []
+    for part in rows.split(list(sizes)):
+        parts += [part, part.new_zeros(-len(part) % LANES, *part.shape[1:])]
+    return torch.cat(parts)

@@ -42,6 +42,7 @@ class HFBackbone:
         self.meter = Meter()
         self.fingerprint = fingerprint(model)
         self.batched = True  # the self-check turns it off where texts cannot share a call
+        self.ragged = False
         self._key: tuple[Any, ...] = ()
         self._groups: list[_Group] = []
 

@@ -106,9 +106,7 @@ def _batch_agrees(backbone: HFBackbone, ids: list[int], expected: Tensor, bound:
         return False
 
 
-def together(
-    backbone: Backbone, ids: list[int], expected: Tensor, layers: Sequence[int]
-) -> float:
+def together(backbone: Backbone, ids: list[int], expected: Tensor, layers: Sequence[int]) -> float:
     """Return the difference from ``expected [T, V]`` of two texts of unequal length in a batch."""
     texts = [Text(ids[:9], backbone.open()), Text(ids[:4], backbone.open())]
     for text in texts:

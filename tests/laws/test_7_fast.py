@@ -1,0 +1,128 @@
+"""Law 7. Fast is generic: the kernels give the generic backbone's logits, in every weight format."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from offramp.backbone import Backbone
+from offramp.batch import Text
+from offramp.decode import decode
+from offramp.fast.backbone import FastBackbone
+from offramp.fast.open import open_fast
+from offramp.fast.pack import Format
+from offramp.hf.backbone import HFBackbone
+from offramp.hf.open import open_model
+from offramp.policy import FULL, Policy, fixed
+from offramp.request import Request
+from offramp.speculate import Draft, speculate
+from offramp.step import step
+from tests.families import build
+from tests.tools import FAST, assert_close, collected, generic, opened, stored, texts_of
+
+FAMILIES = [name.removeprefix("fast:") for name in FAST]
+
+# Root mean square of the difference, as a share of that of the logits. The models are random, with
+# weights of either sign and gains of 1.5: far harsher on rounding than a trained one.
+ROUNDING: dict[Format, float] = {"bf16": 0.03, "int8": 0.1}
+
+
+@cache
+def rounded(family: str, form: Format) -> tuple[HFBackbone, FastBackbone]:
+    """Return a model whose weights are already those of this format, so that both hold the same."""
+    from offramp.fast.pack import dequantise, quantise
+
+    model = build(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name and parameter.ndim == 2:
+                parameter.copy_(dequantise(*quantise(parameter, form)))
+    backbone = open_model(model)
+    return backbone, open_fast(backbone, form)
+
+
+def everything(backbone: Backbone) -> Tensor:
+    """Return logits of a ragged batch whose texts leave at 1, 3 and never, drain, and go on."""
+    texts = [Text(ids, backbone.open()) for ids in texts_of(backbone, [21, 4, 9])]
+    rows = [step(backbone, texts, tails=[21, 4, 9]).logits]
+    policies: list[Policy] = [fixed(1), fixed(3), FULL]
+    for round_ in range(3):
+        for text, policy in zip(texts, policies, strict=True):
+            text.ids.append(20 + round_)
+            rows.append(step(backbone, [text], policy).logits)
+    for text in texts:
+        text.ids.append(30)
+    tails = [text.num_waiting + 1 for text in texts]
+    rows.append(step(backbone, texts, tails=tails).logits)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_ragged_batch_of_mixed_depth_has_the_generic_logits(family: str) -> None:
+    """Prompts of unequal length, early exits, drains: all logits."""
+    assert_close(everything(generic(family)), everything(opened(f"fast:{family}")))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fill_is_the_generic_fill(family: str) -> None:
+    """Copied states leave the same keys and values in every deeper layer."""
+    kept = []
+    for backbone in (generic(family), opened(f"fast:{family}")):
+        texts = [Text(ids, backbone.open()) for ids in texts_of(backbone, [11, 5], seed=1)]
+        step(backbone, texts)
+        for text in texts:
+            text.ids.append(8)
+        step(backbone, texts, fixed(2), kv="copy")
+        kept.append([part for t in texts for layer in range(6) for part in stored(t.slot, layer)])
+    for expected, actual in zip(*kept, strict=True):
+        assert_close(expected, actual)
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_formats_differ_by_their_rounding_alone(family: str, form: Format) -> None:
+    """Weights of half the size, or a quarter, within the stated tolerance."""
+    expected = everything(generic(family))
+    off = everything(open_fast(generic(family), form)) - expected
+    assert (off.square().mean() / expected.square().mean()).sqrt().item() <= ROUNDING[form]
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_weights_that_a_format_can_hold_lose_nothing_to_it(family: str, form: Format) -> None:
+    """What is left is the rounding of the states to 8 bits."""
+    expected, actual = (everything(backbone) for backbone in rounded(family, form))
+    off = (actual - expected).square().mean() / expected.square().mean()
+    assert off.sqrt().item() <= ROUNDING["int8"]
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8", "int4"])
+def test_speculation_is_lossless_in_every_format(form: Format) -> None:
+    """A row is computed the same whatever it shares a call with, so drafts change no token."""
+    backbone = open_fast(generic("llama"), form)
+    requests = [Request(ids, 24) for ids in texts_of(backbone, [5, 9, 3], seed=1)]
+    expected, _ = collected(decode(backbone, requests, batch_size=1), 3)
+    assert max(len(set(answer)) for answer in expected) >= 8
+    for draft in (Draft((0, 1, 2), 4), Draft((0, 2, 4), 3)):
+        assert expected == collected(speculate(backbone, requests, draft), 3)[0]
+
+
+def test_long_texts_and_long_prompts_are_the_generic_ones() -> None:
+    """Buffers double, rotary tables grow, and prompts longer than a chunk of rows are cut."""
+    expected, actual = (
+        _long(backbone) for backbone in (generic("llama"), opened("fast:llama"))
+    )
+    assert_close(expected, actual)
+
+
+def _long(backbone: Backbone) -> Tensor:
+    [ids] = texts_of(backbone, [600], seed=3)
+    texts = [Text(ids[:560], backbone.open()), Text(ids[:100], backbone.open())]
+    rows = [step(backbone, texts, tails=[20, 1]).logits]
+    for token in ids[560:]:
+        texts[0].ids.append(token)
+        rows.append(step(backbone, texts[:1]).logits)
+    return torch.cat(rows)
