@@ -1,4 +1,4 @@
-"""Law 7. Fast is generic: the kernels give the generic backbone's logits, in every weight format."""
+"""Law 7. Fast is generic: the kernels give the generic logits, in every weight format."""
 
 from __future__ import annotations
 
@@ -112,9 +112,7 @@ def test_speculation_is_lossless_in_every_format(form: Format) -> None:
 
 def test_long_texts_and_long_prompts_are_the_generic_ones() -> None:
     """Buffers double, rotary tables grow, and prompts longer than a chunk of rows are cut."""
-    expected, actual = (
-        _long(backbone) for backbone in (generic("llama"), opened("fast:llama"))
-    )
+    expected, actual = (_long(backbone) for backbone in (generic("llama"), opened("fast:llama")))
     assert_close(expected, actual)
 
 

@@ -1,0 +1,130 @@
+"""The edges of the fast backbone: weight formats, what it refuses, life without a compiler."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import offramp
+from offramp.errors import UnsupportedModelError, UsageError
+from offramp.fast.backbone import FastBackbone
+from offramp.fast.build import UnavailableError, kernels
+from offramp.fast.open import open_fast
+from offramp.fast.pack import Format, dequantise, quantise
+from offramp.hf.backbone import HFBackbone
+from tests.tools import generic
+
+
+def _grid(rows: int, codes: int, *, symmetric: bool) -> torch.Tensor:
+    """Return weights as GGUF would hold them: half-precision steps, every code in use."""
+    generator = torch.Generator().manual_seed(0)
+    code = torch.randint(0, codes, (rows, 4, 32), generator=generator).float()
+    code[..., 0], code[..., 1] = 0, codes - 1
+    step = (torch.rand(rows, 4, 1, generator=generator) * 0.01 + 1e-4).half().float()
+    low = torch.randn(rows, 4, 1, generator=generator).mul(0.1).half().float()
+    weight = step * (code - codes // 2) if symmetric else step * code + low
+    return weight.flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("form", "codes", "symmetric"),
+    [("int4", 16, False), ("int4", 16, True), ("int8", 16, False), ("int8", 255, True)],
+)
+def test_weights_out_of_a_gguf_file_are_found_again(
+    form: Format, codes: int, symmetric: bool
+) -> None:
+    """Q4_1, Q4_0 and Q8_0: de-quantised and packed again, they are what they were."""
+    weight = _grid(40, codes, symmetric=symmetric)
+    again = dequantise(*quantise(weight, form))
+    assert (again - weight).abs().max().item() <= 1e-6
+
+
+@pytest.mark.parametrize(("form", "bound"), [("int8", 0.01), ("int4", 0.12)])
+def test_any_weights_are_held_within_half_a_step(form: Format, bound: float) -> None:
+    """Relative to their size, root mean square; zeros stay zeros."""
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
+    weight[3] = 0
+    again = dequantise(*quantise(weight, form))
+    assert (again - weight).square().mean().sqrt().item() <= bound
+    assert not again[3].any()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "cohere", "exaone4", "ministral3", "olmo"])
+def test_a_model_with_other_parts_is_refused(family: str) -> None:
+    """With a sentence that names it, not with a wrong token."""
+    with pytest.raises(UnsupportedModelError, match=type(generic(family).model).__name__):
+        open_fast(generic(family))
+
+
+@pytest.fixture
+def no_kernels() -> Iterator[None]:
+    """Forget the loaded library before and after."""
+    kernels.cache_clear()
+    yield
+    kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_without_a_compiler_the_generic_backbone_runs(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Auto says so in one line; asked for by name, the fast backbone is an error."""
+    monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with caplog.at_level(logging.WARNING, logger="offramp"):
+        model = offramp.load(str(checkpoint))
+    assert isinstance(model.backbone, HFBackbone)
+    assert ["no-such-compiler cannot be run" in record.message for record in caplog.records] == [
+        True
+    ]
+    with pytest.raises(UnavailableError, match="no-such-compiler"):
+        offramp.load(str(checkpoint), backbone="fast")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_an_unwritable_cache_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names the folder and the remedy."""
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    monkeypatch.setenv("OFFRAMP_CACHE", str(blocked))
+    with pytest.raises(UnavailableError, match="set OFFRAMP_CACHE"):
+        kernels()
+
+
+def test_the_door_chooses_the_backbone(checkpoint: Path) -> None:
+    """Fast by default for a Llama; the same greedy text from either; formats need the fast one."""
+    fast, slow = offramp.load(str(checkpoint)), offramp.load(str(checkpoint), backbone="hf")
+    assert isinstance(fast.backbone, FastBackbone)
+    assert fast.id == slow.id
+    options = {"max_new_tokens": 12, "batch_size": 2}
+    prompts = ["hello", "a longer one", "x"]
+    answers = [model.generate(prompts, **options) for model in (fast, slow)]
+    assert answers[0].outputs == answers[1].outputs
+    assert answers[0].figures.work == answers[0].figures.baseline
+    with pytest.raises(UsageError, match="int4"):
+        offramp.load(str(checkpoint), backbone="hf", weights="int4")
+
+
+@pytest.mark.real
+@pytest.mark.timeout(600)
+def test_the_default_model_is_held_exactly(smol: offramp.Model) -> None:
+    """Its Q4_1 layers in int4 and its Q8_0 head in int8, without a second rounding."""
+    model = smol.backbone.model  # type: ignore[attr-defined]
+    worst = 0.0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            form: Format = "int8" if name == "lm_head" else "int4"
+            weight = module.weight.detach()
+            again = dequantise(*quantise(weight, form))
+            worst = max(worst, (again - weight).abs().max().item())
+    assert worst <= 1e-7
