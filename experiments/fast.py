@@ -72,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--formats", nargs="+", choices=list(BYTES), default=list(BYTES))
     options = parser.parse_args()
     model = offramp.load(backbone="hf")
     generic = model.backbone
@@ -79,7 +80,7 @@ def main() -> None:
     ids = encode(model.tokenizer, _PASSAGE * 6, raw=True)
     backbones: dict[str, Backbone] = {"hf": generic}
     opened = {}
-    for form in BYTES:
+    for form in options.formats:
         start = time.perf_counter()
         backbones[form] = open_fast(generic, form)
         opened[form] = time.perf_counter() - start

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offramp.backbone import Backbone
 from offramp.fast.backbone import FastBackbone
 from offramp.fast.open import open_fast
 from offramp.fast.slots import Slot
@@ -80,7 +81,7 @@ def stored(slot: Any, layer: int) -> tuple[Tensor, Tensor]:
     return found
 
 
-def texts_of(backbone: AnyBackbone, lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
+def texts_of(backbone: Backbone, lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
     """Return random token ids, one text per length."""
     generator = torch.Generator().manual_seed(seed)
     vocab = backbone.shape.vocab_size

@@ -65,8 +65,9 @@ def full_depth(
 
 
 def check_in_layers(shape: Shape) -> float:
-    """Return the cost of one full-vocabulary exit check, one layer = 1."""
-    return shape.head_weights / shape.layer_weights
+    """Return the bytes of weights that one full-vocabulary exit check reads, one layer = 1."""
+    precision = shape.head_bytes_per_weight / shape.bytes_per_weight
+    return precision * shape.head_weights / shape.layer_weights
 
 
 def fill_in_layers(shape: Shape) -> float:
