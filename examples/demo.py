@@ -21,7 +21,8 @@ def main() -> None:
     console = Console(highlight=False, width=100)
     model = offramp.load()
     depth = model.backbone.shape.num_layers
-    console.print(f"{model.name}: {depth} layers, checked against the untouched model.\n")
+    kind = type(model.backbone).__name__
+    console.print(f"{model.name}: {depth} layers, checked against the untouched model, {kind}.\n")
 
     draft = offramp.Speculate(draft=tuple(range(DRAFT_DEPTH)), tokens=DRAFT_TOKENS)
     model.generate(PROMPT, max_new_tokens=2)  # the first pass pages the weights in

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=32)
     options = parser.parse_args()
-    model = offramp.load()
+    model = offramp.load(backbone="hf")  # the reference; experiments/fast.py times the other
     prompts = list(PROMPTS[: options.prompts])
     contestants: dict[str, Callable[[], Any]] = {
         "Hugging Face generate": partial(_generate, model, prompts, options.max_new_tokens)
