@@ -20,7 +20,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest  # beside other work, spinning threads cost minutes
 
 families: $(READY)  ## every family there is, as a table
 	$(BIN)/python -m tests.families_table results/families.json
