@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from offramp.errors import OfframpError, UsageError
 
 Prompt = str | list[dict[str, str]]
@@ -85,7 +87,10 @@ def encode(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
         raise UsageError("the prompt is empty")
     if tokenizer.chat_template and not raw:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        try:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        except TemplateError as error:
+            raise UsageError(f"the model's chat template refuses this prompt: {error}") from error
     elif isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     else:

@@ -41,6 +41,8 @@ def find_layers(model: PreTrainedModel) -> nn.ModuleList:
         UnsupportedModelError: there is none.
     """
     count = model.config.get_text_config(decoder=True).num_hidden_layers
+    if count < 1:
+        raise UnsupportedModelError(f"{type(model).__name__} has {count} layers")
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not lists:
         raise UnsupportedModelError(

@@ -82,7 +82,7 @@ def default_gguf() -> Path:
 def _check_causal(source: str, shown: str, options: dict[str, bool]) -> None:
     try:
         config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken configuration may raise anything
         local = Path(source).exists()
         reason = (
             "has no readable config.json"
