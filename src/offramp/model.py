@@ -180,6 +180,7 @@ class Model:
         if batch_size < 1:
             raise UsageError(f"batch-size must be 1 or more, not {batch_size}")
         sampling = sampling or Sampling()
+        stop = [stop] if isinstance(stop, str) else stop
         watchers = [Detokenizer(self.tokenizer, stop) for _ in many]
         requests = [
             Request(

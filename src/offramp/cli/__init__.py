@@ -59,6 +59,8 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(1)
     else:
+        if status == 130:  # typer catches Ctrl-C itself
+            _end(130, "interrupted")
         sys.exit(status)
 
 

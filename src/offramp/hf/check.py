@@ -45,7 +45,12 @@ def check(backbone: HFBackbone) -> None:
     name = type(backbone.model).__name__
     ids = probe_ids(backbone.shape.vocab_size)
     expected = _untouched(backbone, ids)
+    alone_ids = _untouched(backbone, ids[:8])
     bound = _TOLERANCE.get(expected.dtype, 5e-2) * max(expected.abs().max().item(), 1.0)
+    if not _difference(alone_ids, expected[:8]) <= bound:
+        raise UnsupportedModelError(
+            f"{name} attends to later tokens: it is no causal language model"
+        )
     try:
         stores = partial(_check_stores, name=name)
         worst = alone(backbone, ids, expected, range(backbone.shape.num_layers), stores)

@@ -28,10 +28,26 @@ def open_model(model: PreTrainedModel) -> HFBackbone:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder; offramp runs decoder-only models"
         )
+    if _CHANGING & set(_rope_types(model.config.get_text_config(decoder=True).to_dict())):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} changes its rotary positions with the length of the "
+            "text (dynamic or longrope scaling), so its keys would depend on when they were made"
+        )
     adapter = Adapter(model)
     backbone = HFBackbone(model, adapter, _shape(model, adapter))
     check(backbone)
     return backbone
+
+
+_CHANGING = {"dynamic", "longrope"}
+
+
+def _rope_types(facts: Any) -> list[str]:
+    """Return every kind of rotary scaling named in a configuration, however deep."""
+    if not isinstance(facts, dict):
+        return []
+    own = [facts[key] for key in ("rope_type", "type") if isinstance(facts.get(key), str)]
+    return own + [kind for value in facts.values() for kind in _rope_types(value)]
 
 
 def _shape(model: PreTrainedModel, adapter: Adapter) -> Shape:
