@@ -276,9 +276,10 @@ def test_an_unwritable_result_leaves_no_half_file(
 ) -> None:
     """The folder does not exist; nothing is left behind, and the reason is one line."""
     out = tmp_path / "missing" / "out.json"
-    status, _, err = shell(
+    status, printed, err = shell(
         "generate", checkpoint, "--prompt", "hi", "--max-new-tokens", 2, "--out", out, "--json"
     )
+    assert json.loads(printed)["tokens"] == 2  # the run itself is not lost
     assert status == 1
     assert "cannot write" in err
     assert not list(tmp_path.iterdir())

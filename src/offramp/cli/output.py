@@ -56,10 +56,10 @@ def _processor() -> str:
 def finish(record: Mapping[str, Any], *, as_json: bool, out: Path | None) -> None:
     """Write the record to ``out`` and, if asked for, as the last line of stdout."""
     line = json.dumps(_finite(record), ensure_ascii=False, separators=(",", ":"))
+    if as_json:  # first: a place that cannot be written must not cost the run
+        print(line, flush=True)
     if out is not None:
         write_text(out, line + "\n")
-    if as_json:
-        print(line)
 
 
 def _finite(value: Any) -> Any:
