@@ -62,6 +62,8 @@ class Adapter:
         self.model = model
         self.layers = find_layers(model)
         self._accepted = set(inspect.signature(model.forward).parameters)
+        if "cache" in self._accepted:  # both names at once would be refused
+            self._accepted.discard("past_key_values")
         # Older families return (hidden, ...) from a layer; learnt from a real pass.
         self._extra_outputs: int | None = None
 
@@ -78,7 +80,8 @@ class Adapter:
             "input_ids": ids,
             "position_ids": positions,
             "attention_mask": mask,
-            "past_key_values": cache,
+            "cache": cache,
+            "past_key_values": cache,  # its name before transformers 5.24, and in older families
             "use_cache": True,
         }
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
