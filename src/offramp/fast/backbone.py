@@ -96,6 +96,8 @@ class FastBackbone:
         logits = torch.empty(len(hidden), self.shape.vocab_size)
         status = self._library.offramp_readout(
             self._taken.struct,
+            None,
+            self._taken.struct.head,
             hidden.data_ptr(),
             len(hidden),
             logits.data_ptr(),

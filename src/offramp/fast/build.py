@@ -97,5 +97,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     numbers, count = ctypes.c_void_p, ctypes.c_int32
     library.offramp_run.argtypes = [model, numbers, count, numbers, rows, count]
     library.offramp_fill.argtypes = [model, numbers, count, numbers, rows, count]
-    library.offramp_readout.argtypes = [model, numbers, count, numbers, count]
+    matrix = ctypes.POINTER(MatrixStruct)
+    library.offramp_readout.argtypes = [model, matrix, matrix, numbers, count, numbers, count]
     return library

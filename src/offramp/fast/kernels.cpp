@@ -661,6 +661,14 @@ void fill_layer(const Model &m, int index, const Rows &rows, const float *hidden
     store_rows(m, index, rows, b, false);
 }
 
+void scale_logits(const Model &m, float *logits, int64_t count) {
+    if (m.logit_scale != 1.0f)
+        for (int64_t i = 0; i < count; i++) logits[i] *= m.logit_scale;
+    if (m.logit_softcap > 0)
+        for (int64_t i = 0; i < count; i++)
+            logits[i] = m.logit_softcap * std::tanh(logits[i] / m.logit_softcap);
+}
+
 int widest(const Model &m) {
     return std::max({m.hidden, m.heads * m.head_size, round_up(m.inner, LANES)}) + GROUP;
 }
@@ -707,30 +715,38 @@ int32_t offramp_fill(const Model *m, const int32_t *layers, int32_t count, const
     return 0;
 }
 
-// logits [N, V] of states hidden [N, D].
-int32_t offramp_readout(Model *m, const float *hidden, int32_t rows, float *logits,
-                        int32_t threads) {
+// logits [N, outputs] of states hidden [N, D]: the last norm, then head; or, where down is not null,
+// down and then head (a head of low rank).
+int32_t offramp_readout(const Model *m, Matrix *down, Matrix *head, const float *hidden,
+                        int32_t rows, float *logits, int32_t threads) {
     Buffers b;
-    if (!allocate(b, std::min(rows, int32_t(CHUNK)), m->hidden + GROUP, 1, 1, 1, threads)) return 1;
-    const int64_t vocab = m->head.outputs;
+    const int rank = down == nullptr ? 0 : down->outputs;
+    if (!allocate(b, std::min(rows, int32_t(CHUNK)), std::max(m->hidden, rank) + GROUP, 1,
+                  rank + LANES, 1, threads))
+        return 1;
+    const int64_t outputs = head->outputs;
+    Matrix &first = down == nullptr ? *head : *down;
 #pragma omp parallel num_threads(threads)
     for (int start = 0; start < rows; start += CHUNK) {
         const int n = std::min(CHUNK, rows - start);
-        float *out = logits + start * vocab;
+        float *out = logits + start * outputs;
         each_row(n, [&](int row) {
-            enter(*m, m->norm, hidden + int64_t(start + row) * m->hidden, b.x, row, m->head);
+            enter(*m, m->norm, hidden + int64_t(start + row) * m->hidden, b.x, row, first);
         });
         barrier();
-        multiply(m->head, b.x, n, out, vocab);
+        if (down != nullptr) {
+            multiply(*down, b.x, n, b.narrow, b.narrow_stride);
+            barrier();
+            each_row(n, [&](int row) {
+                std::memcpy(b.x.states + int64_t(row) * b.x.width, b.narrow + row * b.narrow_stride,
+                            rank * sizeof(float));
+                ready(b.x, row, *head, rank);
+            });
+            barrier();
+        }
+        multiply(*head, b.x, n, out, outputs);
         barrier();
-        each_row(n, [&](int row) {
-            float *one = out + row * vocab;
-            if (m->logit_scale != 1.0f)
-                for (int64_t i = 0; i < vocab; i++) one[i] *= m->logit_scale;
-            if (m->logit_softcap > 0)
-                for (int64_t i = 0; i < vocab; i++)
-                    one[i] = m->logit_softcap * std::tanh(one[i] / m->logit_softcap);
-        });
+        each_row(n, [&](int row) { scale_logits(*m, out + row * outputs, outputs); });
         barrier();
     }
     return 0;
