@@ -16,7 +16,7 @@ from torch import Tensor
 from offramp.backbone import Shape
 from offramp.batch import Span
 from offramp.fast.build import kernels
-from offramp.fast.layout import RowsStruct, TextStruct
+from offramp.fast.layout import FP32, INT8, RowsStruct, TextStruct
 from offramp.fast.pack import Format
 from offramp.fast.rotary import Rotary
 from offramp.fast.slots import Sizes, Slot
@@ -51,7 +51,9 @@ class FastBackbone:
         self._embedding, self._embedding_scale = model.get_input_embeddings(), embedding_scale
         self._library = kernels()
         struct = taken.struct
-        self._sizes = Sizes(shape.num_layers, struct.kv_heads, struct.head_size)
+        int8 = weights in ("int8", "int4")  # keys and values are held as roughly as the weights
+        struct.kv_format = INT8 if int8 else FP32
+        self._sizes = Sizes(shape.num_layers, struct.kv_heads, struct.head_size, int8)
 
     def open(self) -> Slot:
         """Return an empty slot."""
@@ -153,6 +155,7 @@ def _rows(spans: Sequence[Span]) -> RowsStruct:
     for struct, span in zip(texts, spans, strict=True):
         slot = span.text.slot
         struct.keys, struct.values = slot.keys.data_ptr(), slot.values.data_ptr()
+        struct.key_steps, struct.value_steps = slot.key_steps.data_ptr(), slot.value_steps.data_ptr()
         struct.capacity = slot.capacity
     count = sum(map(len, spans))
     text, position = (ctypes.c_int32 * count)(), (ctypes.c_int32 * count)()

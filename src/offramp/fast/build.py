@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from offramp.errors import OfframpError
-from offramp.fast.layout import LayerStruct, MatrixStruct, ModelStruct, RowsStruct
+from offramp.fast.layout import LayerStruct, MatrixStruct, ModelStruct, RowsStruct, TextStruct
 from offramp.files import cache_dir
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -89,9 +89,10 @@ def _processor() -> str:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """Give the functions their types, and check that both sides agree on the structures."""
-    sizes = (ctypes.c_int32 * 3)()
+    kinds = (MatrixStruct, LayerStruct, ModelStruct, TextStruct)
+    sizes = (ctypes.c_int32 * len(kinds))()
     library.offramp_sizes(sizes)
-    if list(sizes) != [ctypes.sizeof(kind) for kind in (MatrixStruct, LayerStruct, ModelStruct)]:
+    if list(sizes) != [ctypes.sizeof(kind) for kind in kinds]:
         raise UnavailableError("the fast kernels were compiled with another structure layout")
     model, rows = ctypes.POINTER(ModelStruct), ctypes.POINTER(RowsStruct)
     numbers, count = ctypes.c_void_p, ctypes.c_int32

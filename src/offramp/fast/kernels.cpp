@@ -7,8 +7,10 @@
 // once for up to 8 rows, and from cache for more.
 
 #include <omp.h>
+#include <sched.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -27,6 +29,7 @@ constexpr int TILE = 8;      // rows whose sums fit into registers
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(64), aligned(1), may_alias));
+typedef int8_t Codes __attribute__((vector_size(16), aligned(1), may_alias));
 
 enum Format : int32_t { FP32, BF16, INT8, INT4 };
 enum HeadNorm : int32_t { NO_NORM, PER_HEAD, WHOLE };
@@ -52,17 +55,22 @@ struct Layer {
 
 struct Model {
     int32_t hidden, heads, kv_heads, head_size, inner, rotary, activation;
+    int32_t kv_format;  // of keys and values: FP32 or INT8
     float epsilon, scale, residual, softcap, logit_scale, logit_softcap;
     const float *norm;  // gains of the last norm
     Matrix head;
     Layer *layers;
 };
 
-// Keys and values of one text: keys [layer, head, capacity / 16, size, 16], values
-// [layer, head, capacity, padded size].
+// Keys and values of one text; the padded size is a multiple of GROUP. In fp32, keys
+// [layer, head, capacity / 16, padded, 16] and values [layer, head, capacity, padded]. In int8, keys
+// [layer, head, capacity / 16, padded / 4, 16, 4] as code + 128 with steps
+// [layer, head, capacity / 16, padded / GROUP, 16], and values [layer, head, capacity / 4, padded, 4]
+// with steps [layer, head, capacity].
 struct Text {
-    float *keys, *values;
-    int64_t capacity;
+    void *keys, *values;
+    float *key_steps, *value_steps;  // int8 only
+    int64_t capacity;                // a multiple of GROUP
 };
 
 struct Rows {
@@ -82,16 +90,23 @@ inline Floats as_floats(Ints value) { return __builtin_convertvector(value, Floa
 inline Floats bits(Ints value) { return (Floats)value; }
 inline Floats splat(float value) { return Floats{} + value; }
 
-inline float total(Floats value) {
-    float sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += value[lane];
-    return sum;
+// Halves are folded onto each other: four steps instead of sixteen.
+template <typename Vector, typename Fold>
+inline auto folded(Vector value, Fold fold) {
+    const Ints by8 = {8, 9, 10, 11, 12, 13, 14, 15}, by4 = {4, 5, 6, 7}, by2 = {2, 3}, by1 = {1};
+    value = fold(value, __builtin_shuffle(value, by8));
+    value = fold(value, __builtin_shuffle(value, by4));
+    value = fold(value, __builtin_shuffle(value, by2));
+    return fold(value, __builtin_shuffle(value, by1))[0];
+}
+
+template <typename Vector>
+inline auto total(Vector value) {
+    return folded(value, [](Vector a, Vector b) { return a + b; });
 }
 
 inline float largest(Floats value) {
-    float best = value[0];
-    for (int lane = 1; lane < LANES; lane++) best = std::max(best, value[lane]);
-    return best;
+    return folded(value, [](Floats a, Floats b) { return a > b ? a : b; });
 }
 
 // e^x to about 1e-7: 2^n times a polynomial of the rest.
@@ -154,6 +169,38 @@ inline Ints add_products(Ints sums, Bytes weights, const int8_t *codes) {
 #endif
 }
 
+// sums[i] += four unsigned codes times the four signed bytes of lane i.
+inline Ints add_scaled(Ints sums, const uint8_t *codes, Bytes values) {
+    int32_t four;
+    std::memcpy(&four, codes, 4);
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32(four), (__m512i)values);
+#else
+    Ints words = (Ints)values;
+    for (int i = 0; i < 4; i++) sums += (words << (24 - 8 * i) >> 24) * ((four >> (8 * i)) & 255);
+    return sums;
+#endif
+}
+
+// The nearest whole numbers to values well below 2^22, ties to even.
+inline Ints rounded(Floats x) {
+    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: its unit in the last place is 1
+    return (Ints)(x + magic) - (Ints)magic;
+}
+
+// Codes of GROUP values as signed bytes; returns the value of one code.
+inline float quantise_group(const float *from, int8_t *to, int32_t &sum) {
+    const Floats low = load(from), high = load(from + LANES);
+    const Floats a = low < 0 ? -low : low, b = high < 0 ? -high : high;
+    const float best = largest(a > b ? a : b);
+    const float inverse = best > 0 ? 127.0f / best : 0.0f;
+    const Ints first = rounded(low * inverse), second = rounded(high * inverse);
+    *reinterpret_cast<Codes *>(to) = __builtin_convertvector(first, Codes);
+    *reinterpret_cast<Codes *>(to + LANES) = __builtin_convertvector(second, Codes);
+    sum = total(first + second);
+    return best / 127.0f;
+}
+
 // ---------------------------------------------------------------- activations
 
 // What a matrix product reads: states as they are, and as bytes for quantised weights.
@@ -168,19 +215,11 @@ struct Inputs {
 void quantise(const Inputs &x, int row, int inputs) {
     const int groups = x.width / GROUP;
     for (int group = 0; group < inputs / GROUP; group++) {
-        const float *from = x.states + int64_t(row) * x.width + group * GROUP;
-        int8_t *to = x.codes + int64_t(row) * x.width + group * GROUP;
-        Floats low = load(from), high = load(from + LANES);
-        Floats a = low < 0 ? -low : low, b = high < 0 ? -high : high;
-        float best = largest(a > b ? a : b), inverse = best > 0 ? 127.0f / best : 0.0f;
-        int32_t sum = 0;
-        for (int i = 0; i < GROUP; i++) {
-            int32_t code = int32_t(std::nearbyintf(from[i] * inverse));
-            to[i] = int8_t(code);
-            sum += code;
-        }
-        x.steps[int64_t(row) * groups + group] = best / 127.0f;
-        x.sums[int64_t(row) * groups + group] = best / 127.0f * float(sum);
+        const int64_t at = int64_t(row) * x.width + group * GROUP;
+        int32_t sum;
+        const float step = quantise_group(x.states + at, x.codes + at, sum);
+        x.steps[int64_t(row) * groups + group] = step;
+        x.sums[int64_t(row) * groups + group] = step * float(sum);
     }
 }
 
@@ -348,101 +387,257 @@ inline Floats activated(Floats x, int activation) {
 
 // ---------------------------------------------------------------- attention
 
+constexpr int MOST_HEADS = 4;  // query heads that share a pass over keys and values
+
 struct Place {  // where one layer's keys and values of one text lie
-    float *keys, *values;
-    int64_t capacity;
+    const Text *text;
+    int64_t before;  // heads before the layer's first
     int size, padded;
-    float *key_block(int head, int position) const {
-        return keys + (int64_t(head) * capacity + position / LANES * LANES) * size;
+
+    int64_t row(int head, int position) const {
+        return (before + head) * text->capacity + position;
     }
-    float *value(int head, int position) const {
-        return values + (int64_t(head) * capacity + position) * padded;
+    // The first of the 16 keys that position lies among.
+    int64_t block(int head, int position) const { return row(head, position / LANES * LANES); }
+    float *key_floats(int head, int position) const {
+        return static_cast<float *>(text->keys) + block(head, position) * padded;
+    }
+    uint8_t *key_codes(int head, int position) const {
+        return static_cast<uint8_t *>(text->keys) + block(head, position) * padded;
+    }
+    float *key_steps(int head, int position) const {
+        return text->key_steps + block(head, position) * (padded / GROUP);
+    }
+    float *value_floats(int head, int position) const {
+        return static_cast<float *>(text->values) + row(head, position) * padded;
+    }
+    int8_t *value_codes(int head, int position) const {  // of the four that position lies among
+        return static_cast<int8_t *>(text->values) + row(head, position / 4 * 4) * padded;
+    }
+    float *value_steps(int head, int position) const {
+        return text->value_steps + row(head, position);
     }
 };
 
 Place place(const Model &m, const Text &text, int layer) {
-    const int padded = round_up(m.head_size, LANES);
-    const int64_t before = int64_t(layer) * m.kv_heads * text.capacity;
-    return {text.keys + before * m.head_size, text.values + before * padded, text.capacity,
-            m.head_size, padded};
+    return {&text, int64_t(layer) * m.kv_heads, m.head_size, round_up(m.head_size, GROUP)};
 }
 
-// scores[g][i]: G heads of one row against keys first..last (block-aligned); returns the largest.
+// What attends: up to four query heads of one row that share keys, [heads, padded] each.
+struct Queries {
+    const float *states;
+    const int8_t *codes;
+    const float *steps;     // [heads, padded / GROUP]
+    const int32_t *zeros;   // [heads, padded / GROUP]: what a key's + 128 adds
+};
+
+// Room for one thread's attention.
+struct Scratch {
+    float *states;   // [MOST_HEADS, padded]
+    int8_t *codes;   // [MOST_HEADS, padded]
+    float *steps;    // [MOST_HEADS, padded / GROUP]
+    int32_t *zeros;  // [MOST_HEADS, padded / GROUP]
+    float *scores;   // [MOST_HEADS, longest]
+    int64_t longest;
+};
+
+// sums[g] = products of G queries with 16 keys, one key per lane.
 template <int G>
-void score(const Model &m, const float *query, const Place &at, int head, int first, int last,
-           float *scores, int64_t stride, float *best) {
+void products_fp32(const Queries &q, const Place &at, int head, int start, Floats *sums) {
+    const float *keys = at.key_floats(head, start);
+    for (int i = 0; i < at.padded; i++) {
+        const Floats key = load(keys + i * LANES);
+        for (int g = 0; g < G; g++) sums[g] += key * q.states[g * at.padded + i];
+    }
+}
+
+template <int G>
+void products_int8(const Queries &q, const Place &at, int head, int start, Floats *sums) {
+    const int groups = at.padded / GROUP;
+    const uint8_t *keys = at.key_codes(head, start);
+    const float *steps = at.key_steps(head, start);
+    for (int group = 0; group < groups; group++) {
+        Ints dots[G];
+        for (int g = 0; g < G; g++) dots[g] = Ints{} - q.zeros[g * groups + group];
+        for (int part = 0; part < GROUP / 4; part++) {
+            const Bytes key = *reinterpret_cast<const Bytes *>(keys + 64 * part);
+            for (int g = 0; g < G; g++)
+                dots[g] = add_products(dots[g], key,
+                                       q.codes + g * at.padded + group * GROUP + 4 * part);
+        }
+        const Floats step = load(steps + group * LANES);
+        for (int g = 0; g < G; g++)
+            sums[g] += step * q.steps[g * groups + group] * as_floats(dots[g]);
+        keys += 64 * (GROUP / 4);
+    }
+}
+
+// weights[g][i] = e^(score - largest score) of keys begin + i up to last, 0 outside first..last;
+// inverse[g] is one over their sum.
+template <int G, Format F>
+void weigh(const Model &m, const Queries &q, const Place &at, int head, int begin, int first,
+           int last, const Scratch &s, float *inverse) {
     Floats top[G];
     for (int g = 0; g < G; g++) top[g] = splat(-INFINITY);
     const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int start = first / LANES * LANES; start <= last; start += LANES) {
-        const float *keys = at.key_block(head, start);
+    for (int start = begin; start <= last; start += LANES) {
         Floats sums[G] = {};
-        for (int i = 0; i < m.head_size; i++) {
-            Floats key = load(keys + i * LANES);
-            for (int g = 0; g < G; g++) sums[g] += key * query[g * m.head_size + i];
+        if (F == FP32) {
+            products_fp32<G>(q, at, head, start, sums);
+        } else {
+            products_int8<G>(q, at, head, start, sums);
         }
+        const Ints position = lanes + start;
         for (int g = 0; g < G; g++) {
             if (m.softcap > 0) sums[g] = m.softcap * tangent(sums[g] / m.softcap);
-            Ints position = lanes + start;
             sums[g] = (position < first) | (position > last) ? splat(-INFINITY) : sums[g];
             top[g] = sums[g] > top[g] ? sums[g] : top[g];
-            store(scores + g * stride + start - first / LANES * LANES, sums[g]);
+            store(s.scores + g * s.longest + start - begin, sums[g]);
         }
     }
-    for (int g = 0; g < G; g++) best[g] = largest(top[g]);
-}
-
-template <int G, int C>
-void mix(const Place &at, int head, int first, int last, int offset, const float *scores,
-         int64_t stride, const float *inverse, float *out) {
-    Floats sums[G][C] = {};
-    for (int t = first; t <= last; t++) {
-        const float *value = at.value(head, t) + offset;
-        for (int c = 0; c < C; c++) {
-            Floats part = load(value + c * LANES);
-            for (int g = 0; g < G; g++)
-                sums[g][c] += part * scores[g * stride + t - first / LANES * LANES];
-        }
-    }
-    for (int g = 0; g < G; g++)
-        for (int c = 0; c < C; c++) {
-            Floats mixed = sums[g][c] * inverse[g];
-            const int count = std::min(LANES, at.size - offset - c * LANES);
-            std::memcpy(out + g * at.size + offset + c * LANES, &mixed, count * sizeof(float));
-        }
-}
-
-template <int G>
-void attend(const Model &m, const float *query, const Place &at, int head, int first, int last,
-            float *scores, int64_t stride, float *out) {
-    float best[G], inverse[G];
-    score<G>(m, query, at, head, first, last, scores, stride, best);
-    const int count = last / LANES * LANES + LANES - first / LANES * LANES;
     for (int g = 0; g < G; g++) {
+        const float best = largest(top[g]);
         Floats sum = {};
-        for (int i = 0; i < count; i += LANES) {
-            Floats weight = exponential(load(scores + g * stride + i) - best[g]);
-            store(scores + g * stride + i, weight);
+        for (int start = begin; start <= last; start += LANES) {
+            float *score = s.scores + g * s.longest + start - begin;
+            const Floats weight = exponential(load(score) - best);
+            store(score, weight);
             sum += weight;
         }
         inverse[g] = 1.0f / total(sum);
     }
+}
+
+// out [G, size]: the values of keys begin..last by their weights, C vectors of them from offset.
+template <int G, int C>
+void mix_fp32(const Place &at, int head, int begin, int last, int offset, const Scratch &s,
+              const float *inverse, Floats (&sums)[G][C]) {
+    for (int t = begin; t <= last; t++) {
+        const float *value = at.value_floats(head, t) + offset;
+        for (int c = 0; c < C; c++) {
+            const Floats part = load(value + c * LANES);
+            for (int g = 0; g < G; g++) sums[g][c] += part * s.scores[g * s.longest + t - begin];
+        }
+    }
+}
+
+// Weights become bytes, GROUP keys at a time with a scale of their own: one key that takes nearly
+// everything does not round the keys of other groups away.
+template <int G, int C>
+void mix_int8(const Place &at, int head, int begin, int last, int offset, const Scratch &s,
+              const float *inverse, Floats (&sums)[G][C]) {
+    for (int start = begin; start <= last; start += GROUP) {
+        alignas(64) uint8_t codes[G][GROUP];
+        float scale[G];
+        const float *steps = at.value_steps(head, start);
+        for (int g = 0; g < G; g++) {
+            const float *weights = s.scores + g * s.longest + start - begin;
+            const bool both = start + LANES <= last;  // the second half may never have been weighed
+            const Floats low = load(weights) * load(steps);
+            const Floats high = both ? load(weights + LANES) * load(steps + LANES) : Floats{};
+            const float best = largest(low > high ? low : high);
+            const Floats to_code = splat(best > 0 ? 255.0f / best : 0.0f);
+            auto *to = reinterpret_cast<Codes *>(codes[g]);  // unsigned: the low bytes are the same
+            to[0] = __builtin_convertvector(rounded(low * to_code), Codes);
+            to[1] = __builtin_convertvector(rounded(high * to_code), Codes);
+            scale[g] = best / 255.0f;
+        }
+        Ints dots[G][C] = {};
+        const int8_t *values = at.value_codes(head, start) + offset * 4;
+        const int fours = std::min(GROUP, last + 1 - start + 3) / 4;
+        for (int four = 0; four < fours; four++, values += at.padded * 4)
+            for (int c = 0; c < C; c++) {
+                const Bytes part = *reinterpret_cast<const Bytes *>(values + c * LANES * 4);
+                for (int g = 0; g < G; g++)
+                    dots[g][c] = add_scaled(dots[g][c], codes[g] + 4 * four, part);
+            }
+        for (int g = 0; g < G; g++)
+            for (int c = 0; c < C; c++) sums[g][c] += scale[g] * as_floats(dots[g][c]);
+    }
+}
+
+template <int G, int C, Format F>
+void mix(const Place &at, int head, int begin, int last, int offset, const Scratch &s,
+         const float *inverse, float *out) {
+    Floats sums[G][C] = {};
+    if (F == FP32) {
+        mix_fp32<G, C>(at, head, begin, last, offset, s, inverse, sums);
+    } else {
+        mix_int8<G, C>(at, head, begin, last, offset, s, inverse, sums);
+    }
+    for (int g = 0; g < G; g++)
+        for (int c = 0; c < C; c++) {
+            const Floats mixed = sums[g][c] * inverse[g];
+            const int count = std::clamp(at.size - offset - c * LANES, 0, LANES);
+            std::memcpy(out + g * at.size + offset + c * LANES, &mixed, count * sizeof(float));
+        }
+}
+
+template <int G, Format F>
+void attend(const Model &m, const Queries &q, const Place &at, int head, int first, int last,
+            const Scratch &s, float *out) {
+    float inverse[G];
+    const int begin = first / GROUP * GROUP;
+    weigh<G, F>(m, q, at, head, begin, first, last, s, inverse);
     int offset = 0;
     for (; offset + 4 * LANES <= at.padded; offset += 4 * LANES)
-        mix<G, 4>(at, head, first, last, offset, scores, stride, inverse, out);
-    for (; offset < at.padded; offset += LANES)
-        mix<G, 1>(at, head, first, last, offset, scores, stride, inverse, out);
+        mix<G, 4, F>(at, head, begin, last, offset, s, inverse, out);
+    for (; offset < at.padded; offset += 2 * LANES)
+        mix<G, 2, F>(at, head, begin, last, offset, s, inverse, out);
+}
+
+template <Format F>
+void attend_any(int count, const Model &m, const Queries &q, const Place &at, int head, int first,
+                int last, const Scratch &s, float *out) {
+    switch (count) {
+        case 4: return attend<4, F>(m, q, at, head, first, last, s, out);
+        case 3: return attend<3, F>(m, q, at, head, first, last, s, out);
+        case 2: return attend<2, F>(m, q, at, head, first, last, s, out);
+        default: return attend<1, F>(m, q, at, head, first, last, s, out);
+    }
 }
 
 // ---------------------------------------------------------------- the work of a call
+
+// Meets the other threads of a call. Phases are microseconds long, so it spins; it gives the core
+// away after a while, for beside other work the thread waited for may not be running at all.
+class Barrier {
+  public:
+    void wait() {
+        const int threads = omp_get_num_threads();
+        if (threads == 1) return;
+        const int round = round_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived_.store(0, std::memory_order_relaxed);
+            round_.store(round + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; round_.load(std::memory_order_acquire) == round; spins++) {
+            if (spins > MOST_SPINS) sched_yield();
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#endif
+        }
+    }
+
+  private:
+    static constexpr int MOST_SPINS = 5000;
+    alignas(64) std::atomic<int> arrived_{0};
+    alignas(64) std::atomic<int> round_{0};
+};
 
 struct Buffers {
     Inputs x;           // inputs of the next product
     float *wide;        // [N, wide_stride]: outputs of qkv and gate_up
     float *narrow;      // [N, narrow_stride]: outputs of output and down
     int64_t wide_stride, narrow_stride;
-    float *scores;      // [threads, 4, longest]
-    int64_t longest;
+    char *scratch;      // [threads, scratch_size]
+    size_t scratch_size;
+    int64_t longest;    // keys a row may see, rounded up
+    int padded;         // head size, rounded up
+    Barrier *barrier;
+
+    Scratch mine() const;
 };
 
 // One block of memory per calling thread, grown when a call needs more.
@@ -467,17 +662,36 @@ thread_local Arena arena;
 
 size_t aligned(size_t size) { return (size + 127) / 64 * 64; }
 
+// This thread's part of the scratch memory.
+Scratch Buffers::mine() const {
+    char *at = scratch + omp_get_thread_num() * scratch_size;
+    auto take = [&](size_t size) { char *part = at; at += aligned(size); return part; };
+    const size_t states = MOST_HEADS * padded, groups = states / GROUP;
+    Scratch s;
+    s.states = reinterpret_cast<float *>(take(states * 4));
+    s.codes = reinterpret_cast<int8_t *>(take(states));
+    s.steps = reinterpret_cast<float *>(take(groups * 4));
+    s.zeros = reinterpret_cast<int32_t *>(take(groups * 4));
+    s.scores = reinterpret_cast<float *>(take(MOST_HEADS * longest * 4));
+    s.longest = longest;
+    return s;
+}
+
 bool allocate(Buffers &b, int rows, int width, int64_t wide, int64_t narrow, int64_t longest,
-              int threads) {
+              int head_size, int threads) {
     b.x.width = round_up(width, GROUP);
     b.wide_stride = round_up(int(wide), LANES);
     b.narrow_stride = round_up(int(narrow), LANES);
-    b.longest = (longest + LANES) / LANES * LANES + LANES;
+    b.longest = (longest + GROUP) / GROUP * GROUP + GROUP;
+    b.padded = round_up(head_size, GROUP);
+    b.scratch_size = aligned(MOST_HEADS * b.padded * 4) + aligned(MOST_HEADS * b.padded) +
+                     2 * aligned(MOST_HEADS * b.padded / GROUP * 4) +
+                     aligned(MOST_HEADS * b.longest * 4);
     const size_t n = rows, groups = b.x.width / GROUP;
     const size_t sizes[] = {aligned(n * b.x.width * 4), aligned(n * b.x.width),
                             aligned(n * groups * 4),    aligned(n * groups * 4),
                             aligned(n * b.wide_stride * 4), aligned(n * b.narrow_stride * 4),
-                            aligned(threads * 4 * b.longest * 4)};
+                            threads * b.scratch_size};
     size_t all = 0;
     for (size_t size : sizes) all += size;
     arena.reserve(all);
@@ -490,7 +704,7 @@ bool allocate(Buffers &b, int rows, int width, int64_t wide, int64_t narrow, int
     b.x.sums = reinterpret_cast<float *>(take(3));
     b.wide = reinterpret_cast<float *>(take(4));
     b.narrow = reinterpret_cast<float *>(take(5));
-    b.scores = reinterpret_cast<float *>(take(6));
+    b.scratch = take(6);
     return true;
 }
 
@@ -499,10 +713,6 @@ template <typename Work>
 void each_row(int rows, Work work) {
     const int threads = omp_get_num_threads();
     for (int row = omp_get_thread_num(); row < rows; row += threads) work(row);
-}
-
-void barrier() {
-#pragma omp barrier
 }
 
 void enter(const Model &m, const float *gains, const float *hidden, const Inputs &x, int row,
@@ -538,16 +748,48 @@ void rotate_all(const Model &m, const Layer &layer, float *heads, int count, int
         rotate(heads + head * m.head_size, layer.cosines + at, layer.sines + at, m.rotary);
 }
 
-void keep(const Model &m, const Layer &layer, float *keys, const Place &at, int position) {
+void keep_fp32(const float *keys, const float *values, const Place &at, int head, int position) {
+    float *block = at.key_floats(head, position) + position % LANES;
+    for (int i = 0; i < at.size; i++) block[i * LANES] = keys[i];
+    for (int i = at.size; i < at.padded; i++) block[i * LANES] = 0.0f;
+    float *value = at.value_floats(head, position);
+    std::memcpy(value, values, at.size * sizeof(float));
+    std::fill(value + at.size, value + at.padded, 0.0f);
+}
+
+void keep_int8(const float *keys, const float *values, const Place &at, int head, int position,
+               const Scratch &s) {
+    int32_t sum;
+    std::fill(s.states + at.size, s.states + at.padded, 0.0f);
+    std::memcpy(s.states, keys, at.size * sizeof(float));
+    uint8_t *block = at.key_codes(head, position) + position % LANES * 4;
+    for (int group = 0; group < at.padded / GROUP; group++) {
+        at.key_steps(head, position)[group * LANES + position % LANES] =
+            quantise_group(s.states + group * GROUP, s.codes, sum);
+        for (int i = 0; i < GROUP; i++)
+            block[(group * GROUP + i) / 4 * 64 + i % 4] = uint8_t(s.codes[i] + 128);
+    }
+    float best = 0;
+    for (int i = 0; i < at.size; i++) best = std::max(best, std::fabs(values[i]));
+    *at.value_steps(head, position) = best / 127.0f;
+    const float inverse = best > 0 ? 127.0f / best : 0.0f;
+    int8_t *four = at.value_codes(head, position) + position % 4;
+    for (int i = 0; i < at.size; i++) four[i * 4] = int8_t(std::nearbyintf(values[i] * inverse));
+    for (int i = at.size; i < at.padded; i++) four[i * 4] = 0;
+}
+
+void keep(const Model &m, const Layer &layer, float *keys, const Place &at, int position,
+          const Scratch &s) {
     const float *values = keys + m.kv_heads * m.head_size;
     head_norms(m, layer, layer.key_norm, keys, m.kv_heads);
     rotate_all(m, layer, keys, m.kv_heads, position);
     for (int head = 0; head < m.kv_heads; head++) {
-        float *block = at.key_block(head, position) + position % LANES;
-        for (int i = 0; i < m.head_size; i++) block[i * LANES] = keys[head * m.head_size + i];
-        float *value = at.value(head, position);
-        std::memcpy(value, values + head * m.head_size, m.head_size * sizeof(float));
-        std::fill(value + at.size, value + at.padded, 0.0f);
+        const float *key = keys + head * m.head_size, *value = values + head * m.head_size;
+        if (m.kv_format == FP32) {
+            keep_fp32(key, value, at, head, position);
+        } else {
+            keep_int8(key, value, at, head, position, s);
+        }
     }
 }
 
@@ -557,21 +799,36 @@ void ask(const Model &m, const Layer &layer, float *queries, int position) {
     for (int i = 0; i < m.heads * m.head_size; i++) queries[i] *= m.scale;
 }
 
+// Lays count heads [count, size] out for attention, padded and, for int8 keys, as bytes.
+Queries laid_out(const Model &m, const float *heads, int count, const Place &at, const Scratch &s) {
+    for (int g = 0; g < count; g++) {
+        float *states = s.states + g * at.padded;
+        std::memcpy(states, heads + g * at.size, at.size * sizeof(float));
+        std::fill(states + at.size, states + at.padded, 0.0f);
+    }
+    if (m.kv_format == INT8)
+        for (int group = 0; group < count * at.padded / GROUP; group++) {
+            int32_t sum;
+            s.steps[group] = quantise_group(s.states + group * GROUP, s.codes + group * GROUP, sum);
+            s.zeros[group] = 128 * sum;
+        }
+    return {s.states, s.codes, s.steps, s.zeros};
+}
+
 // Query heads begin..end of one row, as many at once as share keys.
 void attend_heads(const Model &m, const Layer &layer, const Place &at, const float *queries,
-                  int position, int begin, int end, float *scores, int64_t stride, float *out) {
+                  int position, int begin, int end, const Scratch &s, float *out) {
     const int shared = m.heads / m.kv_heads;
     const int first = layer.window > 0 ? std::max(0, position - layer.window + 1) : 0;
     for (int head = begin; head < end;) {
         const int kv = head / shared;
-        const int count = std::min({4, end - head, (kv + 1) * shared - head});
-        const float *query = queries + head * m.head_size;
+        const int count = std::min({MOST_HEADS, end - head, (kv + 1) * shared - head});
+        const Queries q = laid_out(m, queries + head * m.head_size, count, at, s);
         float *to = out + head * m.head_size;
-        switch (count) {
-            case 4: attend<4>(m, query, at, kv, first, position, scores, stride, to); break;
-            case 3: attend<3>(m, query, at, kv, first, position, scores, stride, to); break;
-            case 2: attend<2>(m, query, at, kv, first, position, scores, stride, to); break;
-            default: attend<1>(m, query, at, kv, first, position, scores, stride, to); break;
+        if (m.kv_format == FP32) {
+            attend_any<FP32>(count, m, q, at, kv, first, position, s, to);
+        } else {
+            attend_any<INT8>(count, m, q, at, kv, first, position, s, to);
         }
         head += count;
     }
@@ -581,25 +838,26 @@ void attend_heads(const Model &m, const Layer &layer, const Place &at, const flo
 void attention(const Model &m, int index, const Rows &rows, const Buffers &b) {
     const Layer &layer = m.layers[index];
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    float *scores = b.scores + thread * 4 * b.longest;
+    const Scratch s = b.mine();
     const bool whole = rows.count >= 2 * threads;
     for (int row = 0; row < rows.count; row++) {
         if (whole && row % threads != thread) continue;
         const int begin = whole ? 0 : m.heads * thread / threads;
         const int end = whole ? m.heads : m.heads * (thread + 1) / threads;
         attend_heads(m, layer, place(m, rows.texts[rows.text[row]], index),
-                     b.wide + row * b.wide_stride, rows.position[row], begin, end, scores,
-                     b.longest, b.x.states + int64_t(row) * b.x.width);
+                     b.wide + row * b.wide_stride, rows.position[row], begin, end, s,
+                     b.x.states + int64_t(row) * b.x.width);
     }
 }
 
 void store_rows(const Model &m, int index, const Rows &rows, const Buffers &b, bool queries) {
+    const Scratch s = b.mine();
     each_row(rows.count, [&](int row) {
         float *qkv = b.wide + row * b.wide_stride;
         const int position = rows.position[row];
         if (queries) ask(m, m.layers[index], qkv, position);
         keep(m, m.layers[index], qkv + m.heads * m.head_size,
-             place(m, rows.texts[rows.text[row]], index), position);
+             place(m, rows.texts[rows.text[row]], index), position, s);
     });
 }
 
@@ -617,32 +875,32 @@ void run_layer(const Model &m, int index, const Rows &rows, float *hidden, const
     each_row(n, [&](int row) {
         enter(m, layer.before_attention, hidden + int64_t(row) * m.hidden, b.x, row, layer.qkv);
     });
-    barrier();
+    b.barrier->wait();
     multiply(layer.qkv, b.x, n, b.wide, b.wide_stride);
-    barrier();
+    b.barrier->wait();
     store_rows(m, index, rows, b, true);
-    barrier();
+    b.barrier->wait();
     attention(m, index, rows, b);
-    barrier();
+    b.barrier->wait();
     each_row(n, [&](int row) { ready(b.x, row, layer.output, mixed); });
-    barrier();
+    b.barrier->wait();
     multiply(layer.output, b.x, n, b.narrow, b.narrow_stride);
-    barrier();
+    b.barrier->wait();
     each_row(n, [&](int row) {
         float *state = hidden + int64_t(row) * m.hidden;
         add_residual(m, layer.after_attention, b.narrow + row * b.narrow_stride, state);
         enter(m, layer.before_mlp, state, b.x, row, layer.gate_up);
     });
-    barrier();
+    b.barrier->wait();
     multiply(layer.gate_up, b.x, n, b.wide, b.wide_stride);
-    barrier();
+    b.barrier->wait();
     each_row(n, [&](int row) {
         gate(m, b.wide + row * b.wide_stride, b.x.states + int64_t(row) * b.x.width);
         ready(b.x, row, layer.down, m.inner);
     });
-    barrier();
+    b.barrier->wait();
     multiply(layer.down, b.x, n, b.narrow, b.narrow_stride);
-    barrier();
+    b.barrier->wait();
     each_row(n, [&](int row) {
         add_residual(m, layer.after_mlp, b.narrow + row * b.narrow_stride,
                      hidden + int64_t(row) * m.hidden);
@@ -655,9 +913,9 @@ void fill_layer(const Model &m, int index, const Rows &rows, const float *hidden
     each_row(rows.count, [&](int row) {
         enter(m, layer.before_attention, hidden + int64_t(row) * m.hidden, b.x, row, layer.qkv);
     });
-    barrier();
+    b.barrier->wait();
     multiply(layer.qkv, b.x, rows.count, b.wide, b.wide_stride, layer.qkv.first);
-    barrier();
+    b.barrier->wait();
     store_rows(m, index, rows, b, false);
 }
 
@@ -678,7 +936,8 @@ bool allocate_layers(const Model &m, const Rows &rows, int threads, Buffers &b) 
     for (int row = 0; row < rows.count; row++) longest = std::max(longest, rows.position[row] + 1);
     const int wide = std::max((m.heads + 2 * m.kv_heads) * m.head_size,
                               2 * round_up(m.inner, LANES));
-    return allocate(b, std::min(rows.count, CHUNK), widest(m), wide, m.hidden, longest, threads);
+    return allocate(b, std::min(rows.count, CHUNK), widest(m), wide, m.hidden, longest, m.head_size,
+                    threads);
 }
 
 Rows part_of(const Rows &rows, int start) {
@@ -693,7 +952,9 @@ extern "C" {
 // Runs hidden [N, D] through the layers in order, in place. Returns 0, or 1: no memory.
 int32_t offramp_run(const Model *m, const int32_t *layers, int32_t count, float *hidden,
                     const Rows *rows, int32_t threads) {
+    Barrier meeting;
     Buffers b;
+    b.barrier = &meeting;
     if (!allocate_layers(*m, *rows, threads, b)) return 1;
 #pragma omp parallel num_threads(threads)
     for (int start = 0; start < rows->count; start += CHUNK)
@@ -705,7 +966,9 @@ int32_t offramp_run(const Model *m, const int32_t *layers, int32_t count, float 
 // Stores what the layers' keys and values would be if each one's input were hidden [N, D].
 int32_t offramp_fill(const Model *m, const int32_t *layers, int32_t count, const float *hidden,
                      const Rows *rows, int32_t threads) {
+    Barrier meeting;
     Buffers b;
+    b.barrier = &meeting;
     if (!allocate_layers(*m, *rows, threads, b)) return 1;
 #pragma omp parallel num_threads(threads)
     for (int start = 0; start < rows->count; start += CHUNK)
@@ -719,10 +982,12 @@ int32_t offramp_fill(const Model *m, const int32_t *layers, int32_t count, const
 // down and then head (a head of low rank).
 int32_t offramp_readout(const Model *m, Matrix *down, Matrix *head, const float *hidden,
                         int32_t rows, float *logits, int32_t threads) {
+    Barrier meeting;
     Buffers b;
+    b.barrier = &meeting;
     const int rank = down == nullptr ? 0 : down->outputs;
     if (!allocate(b, std::min(rows, int32_t(CHUNK)), std::max(m->hidden, rank) + GROUP, 1,
-                  rank + LANES, 1, threads))
+                  rank + LANES, 1, 1, threads))
         return 1;
     const int64_t outputs = head->outputs;
     Matrix &first = down == nullptr ? *head : *down;
@@ -733,29 +998,30 @@ int32_t offramp_readout(const Model *m, Matrix *down, Matrix *head, const float 
         each_row(n, [&](int row) {
             enter(*m, m->norm, hidden + int64_t(start + row) * m->hidden, b.x, row, first);
         });
-        barrier();
+        b.barrier->wait();
         if (down != nullptr) {
             multiply(*down, b.x, n, b.narrow, b.narrow_stride);
-            barrier();
+            b.barrier->wait();
             each_row(n, [&](int row) {
                 std::memcpy(b.x.states + int64_t(row) * b.x.width, b.narrow + row * b.narrow_stride,
                             rank * sizeof(float));
                 ready(b.x, row, *head, rank);
             });
-            barrier();
+            b.barrier->wait();
         }
         multiply(*head, b.x, n, out, outputs);
-        barrier();
+        b.barrier->wait();
         each_row(n, [&](int row) { scale_logits(*m, out + row * outputs, outputs); });
-        barrier();
+        b.barrier->wait();
     }
     return 0;
 }
 
-// Sizes of Matrix, Layer and Model: the caller's mirrors must agree.
+// Sizes of Matrix, Layer, Model and Text: the caller's mirrors must agree.
 void offramp_sizes(int32_t *sizes) {
     sizes[0] = sizeof(Matrix);
     sizes[1] = sizeof(Layer);
     sizes[2] = sizeof(Model);
+    sizes[3] = sizeof(Text);
 }
 }

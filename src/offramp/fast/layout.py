@@ -43,7 +43,7 @@ class ModelStruct(ctypes.Structure):
 
     _fields_: ClassVar = [
         *((name, _int) for name in ("hidden", "heads", "kv_heads", "head_size", "inner")),
-        *((name, _int) for name in ("rotary", "activation")),
+        *((name, _int) for name in ("rotary", "activation", "kv_format")),
         *((name, _float) for name in ("epsilon", "scale", "residual", "softcap")),
         *((name, _float) for name in ("logit_scale", "logit_softcap")),
         ("norm", _pointer),
@@ -55,7 +55,10 @@ class ModelStruct(ctypes.Structure):
 class TextStruct(ctypes.Structure):
     """Where the keys and values of one text lie."""
 
-    _fields_: ClassVar = [("keys", _pointer), ("values", _pointer), ("capacity", _long)]
+    _fields_: ClassVar = [
+        *((name, _pointer) for name in ("keys", "values", "key_steps", "value_steps")),
+        ("capacity", _long),
+    ]
 
 
 class RowsStruct(ctypes.Structure):

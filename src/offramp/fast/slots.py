@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LANES = 16
+from offramp.fast.memory import zeros
+
+LANES, GROUP = 16, 32
 
 
 @dataclass(frozen=True)
@@ -17,41 +19,51 @@ class Sizes:
     layers: int
     heads: int
     size: int
+    int8: bool
+    """Whether they are held as bytes with steps, or in fp32."""
 
     @property
     def padded(self) -> int:
-        """Return the floats that a value takes."""
-        return -(-self.size // LANES) * LANES
+        """Return the head size, rounded up to whole groups."""
+        return -(-self.size // GROUP) * GROUP
 
 
 class Slot:
-    """Buffers ``keys [L, H, capacity / 16, size, 16]`` and ``values [L, H, capacity, padded]``.
+    """Buffers ``[L, H, ...]`` in the layouts that kernels.cpp describes at ``struct Text``.
 
-    Sixteen keys lie side by side, so that one vector holds the same coordinate of sixteen keys.
+    Sixteen keys lie side by side, so that one vector holds the same coordinates of sixteen keys;
+    as bytes, a key has a step per 32 coordinates and a value one step.
     ``lengths`` says how many positions each layer holds; trimming is a change of it.
     """
 
-    __slots__ = ("capacity", "keys", "lengths", "sizes", "values")
+    __slots__ = ("capacity", "key_steps", "keys", "lengths", "sizes", "value_steps", "values")
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
         self.lengths = [0] * sizes.layers
         self.capacity = 0
-        self.keys = torch.empty(0)
-        self.values = torch.empty(0)
+        self.keys = self.values = self.key_steps = self.value_steps = torch.empty(0)
 
     def reserve(self, positions: int) -> None:
         """Make room for this many positions."""
         if positions <= self.capacity:
             return
-        s, blocks = self.sizes, self.capacity // LANES
-        room = max(64, 2 * (-(-positions // LANES) * LANES))
-        keys = torch.empty(s.layers, s.heads, room // LANES, s.size, LANES)
-        values = torch.empty(s.layers, s.heads, room, s.padded)
-        if blocks:
-            keys[:, :, :blocks] = self.keys
-            values[:, :, : self.capacity] = self.values
-        self.keys, self.values, self.capacity = keys, values, room
+        s, room = self.sizes, max(64, 2 * (-(-positions // LANES) * LANES))
+        before, blocks = (s.layers, s.heads), room // LANES
+        fours = (s.padded, 4) if s.int8 else (4, s.padded)
+        # All are made before one is kept: memory that runs out leaves the slot as it was.
+        grown = [
+            _grown(self.keys, (*before, blocks, s.padded, LANES), int8=s.int8),
+            _grown(self.values, (*before, room // 4, *fours), int8=s.int8),
+        ]
+        if s.int8:
+            grown += [
+                _grown(self.key_steps, (*before, blocks, s.padded // GROUP, LANES)),
+                _grown(self.value_steps, (*before, room)),
+            ]
+        self.keys, self.values = grown[:2]
+        self.key_steps, self.value_steps = grown[2:] or (self.key_steps, self.value_steps)
+        self.capacity = room
 
     def trim(self, length: int, first_layer: int) -> None:
         """Forget positions from ``length`` on in every layer from ``first_layer`` on."""
@@ -63,7 +75,28 @@ class Slot:
         self.__init__(self.sizes)  # type: ignore[misc]
 
     def view(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of one layer, ``[H, length, size]`` each."""
+        """Return keys and values of one layer, ``[H, length, size]`` each, in fp32."""
         length, s = self.lengths[layer], self.sizes
-        keys = self.keys[layer].transpose(-1, -2).reshape(s.heads, self.capacity, s.size)
-        return keys[:, :length], self.values[layer, :, :length, : s.size]
+        shape = (s.heads, self.capacity, s.padded)
+        if s.int8:  # [H, blocks, padded / 4, 16, 4] and [H, fours, padded, 4]
+            keys = self.keys[layer].view(s.heads, -1, s.padded // 4, LANES, 4)
+            steps = self.key_steps[layer].transpose(-1, -2).repeat_interleave(GROUP, -1)
+            keys = keys.transpose(2, 3).reshape(shape).float() - 128
+            keys = keys * steps.reshape(shape)
+            values = self.values[layer].view(torch.int8).transpose(-1, -2).reshape(shape).float()
+            values = values * self.value_steps[layer, :, :, None]
+        else:
+            keys = self.keys[layer].transpose(-1, -2).reshape(shape)
+            values = self.values[layer].reshape(shape)
+        return keys[:, :length, : s.size], values[:, :length, : s.size]
+
+
+def _grown(old: Tensor, shape: tuple[int, ...], *, int8: bool = False) -> Tensor:
+    """Return a buffer of this shape that begins, along its third dimension, like ``old``.
+
+    It is zeroed: the kernels read whole groups, and a step that is no number would spread.
+    """
+    grown = zeros(shape, torch.uint8 if int8 else torch.float32)
+    if old.numel():
+        grown[:, :, : old.shape[2]] = old
+    return grown

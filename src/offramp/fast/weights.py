@@ -24,6 +24,7 @@ from offramp.fast.layout import (
     MatrixStruct,
     ModelStruct,
 )
+from offramp.fast.memory import Arena
 from offramp.fast.pack import BYTES, LANES, Format, pack
 
 
@@ -67,6 +68,7 @@ class _Taker:
         self.model, self.form = model, form
         self.config = model.config.get_text_config(decoder=True)
         self.kept: list[Tensor] = []
+        self._arena = Arena()
         self.struct = ModelStruct()
         self._used: set[int] = set()
         self._epsilon: float | None = None
@@ -220,9 +222,9 @@ class _Taker:
                 raise self._refusal(f"its layers hold {name}, which is unknown to them")
 
     def _address(self, tensor: Tensor) -> int:
-        tensor = tensor.contiguous()
-        self.kept.append(tensor)
-        return tensor.data_ptr()
+        kept = self._arena.keep(tensor)
+        self.kept.append(kept)
+        return kept.data_ptr()
 
     def _refusal(self, reason: str) -> UnsupportedModelError:
         return refusal(self.model, reason)
