@@ -25,6 +25,7 @@ constexpr int LANES = 16;
 constexpr int GROUP = 32;    // inputs that share a scale
 constexpr int CHUNK = 256;   // rows that go through the layers together: their states stay in cache
 constexpr int TILE = 8;      // rows whose sums fit into registers
+constexpr int SHARE = 1024;  // keys that are attended to at a time
 
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
@@ -431,6 +432,11 @@ struct Queries {
     const int32_t *zeros;   // [heads, padded / GROUP]: what a key's + 128 adds
 };
 
+// The largest score of some keys, and the sum of their weights relative to it.
+struct Weight {
+    float best, sum;
+};
+
 // Room for one thread's attention.
 struct Scratch {
     float *states;   // [MOST_HEADS, padded]
@@ -472,11 +478,10 @@ void products_int8(const Queries &q, const Place &at, int head, int start, Float
     }
 }
 
-// weights[g][i] = e^(score - largest score) of keys begin + i up to last, 0 outside first..last;
-// inverse[g] is one over their sum.
+// Scores become weights, e^(score - best), of keys begin up to last, 0 outside first..last.
 template <int G, Format F>
 void weigh(const Model &m, const Queries &q, const Place &at, int head, int begin, int first,
-           int last, const Scratch &s, float *inverse) {
+           int last, const Scratch &s, Weight *found) {
     Floats top[G];
     for (int g = 0; g < G; g++) top[g] = splat(-INFINITY);
     const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -504,14 +509,14 @@ void weigh(const Model &m, const Queries &q, const Place &at, int head, int begi
             store(score, weight);
             sum += weight;
         }
-        inverse[g] = 1.0f / total(sum);
+        found[g] = {best, total(sum)};
     }
 }
 
 // out [G, size]: the values of keys begin..last by their weights, C vectors of them from offset.
 template <int G, int C>
 void mix_fp32(const Place &at, int head, int begin, int last, int offset, const Scratch &s,
-              const float *inverse, Floats (&sums)[G][C]) {
+              Floats (&sums)[G][C]) {
     for (int t = begin; t <= last; t++) {
         const float *value = at.value_floats(head, t) + offset;
         for (int c = 0; c < C; c++) {
@@ -525,7 +530,7 @@ void mix_fp32(const Place &at, int head, int begin, int last, int offset, const 
 // everything does not round the keys of other groups away.
 template <int G, int C>
 void mix_int8(const Place &at, int head, int begin, int last, int offset, const Scratch &s,
-              const float *inverse, Floats (&sums)[G][C]) {
+              Floats (&sums)[G][C]) {
     for (int start = begin; start <= last; start += GROUP) {
         alignas(64) uint8_t codes[G][GROUP];
         float scale[G];
@@ -558,16 +563,16 @@ void mix_int8(const Place &at, int head, int begin, int last, int offset, const 
 
 template <int G, int C, Format F>
 void mix(const Place &at, int head, int begin, int last, int offset, const Scratch &s,
-         const float *inverse, float *out) {
+         const Weight *found, float *out) {
     Floats sums[G][C] = {};
     if (F == FP32) {
-        mix_fp32<G, C>(at, head, begin, last, offset, s, inverse, sums);
+        mix_fp32<G, C>(at, head, begin, last, offset, s, sums);
     } else {
-        mix_int8<G, C>(at, head, begin, last, offset, s, inverse, sums);
+        mix_int8<G, C>(at, head, begin, last, offset, s, sums);
     }
     for (int g = 0; g < G; g++)
         for (int c = 0; c < C; c++) {
-            const Floats mixed = sums[g][c] * inverse[g];
+            const Floats mixed = sums[g][c] / found[g].sum;
             const int count = std::clamp(at.size - offset - c * LANES, 0, LANES);
             std::memcpy(out + g * at.size + offset + c * LANES, &mixed, count * sizeof(float));
         }
@@ -575,25 +580,24 @@ void mix(const Place &at, int head, int begin, int last, int offset, const Scrat
 
 template <int G, Format F>
 void attend(const Model &m, const Queries &q, const Place &at, int head, int first, int last,
-            const Scratch &s, float *out) {
-    float inverse[G];
+            const Scratch &s, float *out, Weight *found) {
     const int begin = first / GROUP * GROUP;
-    weigh<G, F>(m, q, at, head, begin, first, last, s, inverse);
+    weigh<G, F>(m, q, at, head, begin, first, last, s, found);
     int offset = 0;
     for (; offset + 4 * LANES <= at.padded; offset += 4 * LANES)
-        mix<G, 4, F>(at, head, begin, last, offset, s, inverse, out);
+        mix<G, 4, F>(at, head, begin, last, offset, s, found, out);
     for (; offset < at.padded; offset += 2 * LANES)
-        mix<G, 2, F>(at, head, begin, last, offset, s, inverse, out);
+        mix<G, 2, F>(at, head, begin, last, offset, s, found, out);
 }
 
 template <Format F>
 void attend_any(int count, const Model &m, const Queries &q, const Place &at, int head, int first,
-                int last, const Scratch &s, float *out) {
+                int last, const Scratch &s, float *out, Weight *found) {
     switch (count) {
-        case 4: return attend<4, F>(m, q, at, head, first, last, s, out);
-        case 3: return attend<3, F>(m, q, at, head, first, last, s, out);
-        case 2: return attend<2, F>(m, q, at, head, first, last, s, out);
-        default: return attend<1, F>(m, q, at, head, first, last, s, out);
+        case 4: return attend<4, F>(m, q, at, head, first, last, s, out, found);
+        case 3: return attend<3, F>(m, q, at, head, first, last, s, out, found);
+        case 2: return attend<2, F>(m, q, at, head, first, last, s, out, found);
+        default: return attend<1, F>(m, q, at, head, first, last, s, out, found);
     }
 }
 
@@ -635,6 +639,8 @@ struct Buffers {
     size_t scratch_size;
     int64_t longest;    // keys a row may see, rounded up
     int padded;         // head size, rounded up
+    char *parts;        // [rows or threads, key heads, shares]: attention not yet merged
+    int shares;         // most shares that a row attends to
     Barrier *barrier;
 
     Scratch mine() const;
@@ -677,21 +683,29 @@ Scratch Buffers::mine() const {
     return s;
 }
 
-bool allocate(Buffers &b, int rows, int width, int64_t wide, int64_t narrow, int64_t longest,
-              int head_size, int threads) {
+// What the attention of the heads that share keys takes, for one share of the keys.
+size_t part_size(const Model &m) {
+    return aligned(m.heads / m.kv_heads * (m.head_size * 4 + sizeof(Weight)));
+}
+
+// Makes room for rows of a product's inputs and outputs, and for attention to longest keys.
+bool allocate(const Model &m, Buffers &b, int rows, int width, int64_t wide, int64_t narrow,
+              int64_t longest, int threads) {
     b.x.width = round_up(width, GROUP);
     b.wide_stride = round_up(int(wide), LANES);
     b.narrow_stride = round_up(int(narrow), LANES);
     b.longest = (longest + GROUP) / GROUP * GROUP + GROUP;
-    b.padded = round_up(head_size, GROUP);
+    b.padded = round_up(m.head_size, GROUP);
+    b.shares = int(longest / SHARE) + 2;
     b.scratch_size = aligned(MOST_HEADS * b.padded * 4) + aligned(MOST_HEADS * b.padded) +
                      2 * aligned(MOST_HEADS * b.padded / GROUP * 4) +
                      aligned(MOST_HEADS * b.longest * 4);
     const size_t n = rows, groups = b.x.width / GROUP;
+    const size_t parts = size_t(2) * threads * m.kv_heads * b.shares * part_size(m);
     const size_t sizes[] = {aligned(n * b.x.width * 4), aligned(n * b.x.width),
                             aligned(n * groups * 4),    aligned(n * groups * 4),
                             aligned(n * b.wide_stride * 4), aligned(n * b.narrow_stride * 4),
-                            threads * b.scratch_size};
+                            threads * b.scratch_size,   parts};
     size_t all = 0;
     for (size_t size : sizes) all += size;
     arena.reserve(all);
@@ -705,6 +719,7 @@ bool allocate(Buffers &b, int rows, int width, int64_t wide, int64_t narrow, int
     b.wide = reinterpret_cast<float *>(take(4));
     b.narrow = reinterpret_cast<float *>(take(5));
     b.scratch = take(6);
+    b.parts = take(7);
     return true;
 }
 
@@ -815,39 +830,105 @@ Queries laid_out(const Model &m, const float *heads, int count, const Place &at,
     return {s.states, s.codes, s.steps, s.zeros};
 }
 
-// Query heads begin..end of one row, as many at once as share keys.
-void attend_heads(const Model &m, const Layer &layer, const Place &at, const float *queries,
-                  int position, int begin, int end, const Scratch &s, float *out) {
-    const int shared = m.heads / m.kv_heads;
+// A row's keys are taken SHARE at a time, from position 0 on, and the shares merged in order: so
+// what a row gets does not depend on how many rows or threads there are.
+struct Part {
+    float *mixed;   // [heads that share the keys, size]
+    Weight *found;  // [heads that share the keys]
+};
+
+struct Reach {  // the shares that a row attends to
+    int first, position, begin, end;
+};
+
+Reach reach(const Layer &layer, int position) {
     const int first = layer.window > 0 ? std::max(0, position - layer.window + 1) : 0;
-    for (int head = begin; head < end;) {
-        const int kv = head / shared;
-        const int count = std::min({MOST_HEADS, end - head, (kv + 1) * shared - head});
-        const Queries q = laid_out(m, queries + head * m.head_size, count, at, s);
-        float *to = out + head * m.head_size;
-        if (m.kv_format == FP32) {
-            attend_any<FP32>(count, m, q, at, kv, first, position, s, to);
-        } else {
-            attend_any<INT8>(count, m, q, at, kv, first, position, s, to);
-        }
-        head += count;
+    return {first, position, first / SHARE, position / SHARE + 1};
+}
+
+Part part_of(const Model &m, const Buffers &b, int place, int kv, int share) {
+    char *at = b.parts + ((int64_t(place) * m.kv_heads + kv) * b.shares + share) * part_size(m);
+    return {reinterpret_cast<float *>(at),
+            reinterpret_cast<Weight *>(at + m.heads / m.kv_heads * m.head_size * 4)};
+}
+
+// Count query heads that share the keys of kv, from the own-th on, over one share of the keys.
+void attend_share(const Model &m, const Place &at, const Reach &r, const float *queries, int kv,
+                  int own, int count, int share, const Part &part, const Scratch &s) {
+    const int head = kv * (m.heads / m.kv_heads) + own;
+    const int first = std::max(r.first, share * SHARE);
+    const int last = std::min(r.position, share * SHARE + SHARE - 1);
+    const Queries q = laid_out(m, queries + head * m.head_size, count, at, s);
+    float *out = part.mixed + own * m.head_size;
+    if (m.kv_format == FP32) {
+        attend_any<FP32>(count, m, q, at, kv, first, last, s, out, part.found + own);
+    } else {
+        attend_any<INT8>(count, m, q, at, kv, first, last, s, out, part.found + own);
     }
 }
 
-// Few rows are shared out by heads, many by rows (interleaved: later rows see more keys).
+// The from-th to the to-th of a row's (key head, share, query head), as many at once as share keys.
+void attend_row(const Model &m, int index, const Rows &rows, const Buffers &b, int row, int from,
+                int to, int place_of_row, const Scratch &s) {
+    const Reach r = reach(m.layers[index], rows.position[row]);
+    const Place at = place(m, rows.texts[rows.text[row]], index);
+    const int shared = m.heads / m.kv_heads, shares = r.end - r.begin;
+    for (int i = from; i < to;) {
+        const int own = i % shared, share = i / shared % shares, kv = i / shared / shares;
+        const int count = std::min({MOST_HEADS, shared - own, to - i});
+        attend_share(m, at, r, b.wide + row * b.wide_stride, kv, own, count, r.begin + share,
+                     part_of(m, b, place_of_row, kv, share), s);
+        i += count;
+    }
+}
+
+// Joins the shares of some heads of one row, each by its weight.
+void merge(const Model &m, int index, const Rows &rows, const Buffers &b, int row, int place_of_row,
+           int begin, int end) {
+    const Reach r = reach(m.layers[index], rows.position[row]);
+    const int shared = m.heads / m.kv_heads, size = m.head_size, shares = r.end - r.begin;
+    float *out = b.x.states + int64_t(row) * b.x.width + begin * size;
+    for (int head = begin; head < end; head++, out += size) {
+        const int kv = head / shared, own = head % shared;
+        float best = -INFINITY, sum = 0;
+        for (int share = 0; share < shares; share++)
+            best = std::max(best, part_of(m, b, place_of_row, kv, share).found[own].best);
+        std::fill(out, out + size, 0.0f);
+        for (int share = 0; share < shares; share++) {
+            const Part part = part_of(m, b, place_of_row, kv, share);
+            const float weight = part.found[own].sum * std::exp(part.found[own].best - best);
+            for (int i = 0; i < size; i++) out[i] += weight * part.mixed[own * size + i];
+            sum += weight;
+        }
+        for (int i = 0; i < size; i++) out[i] /= sum;
+    }
+}
+
+// Whether threads take whole rows; otherwise they divide the keys of each.
+bool whole_rows(int rows, int threads) { return rows >= 2 * threads || threads == 1; }
+
 void attention(const Model &m, int index, const Rows &rows, const Buffers &b) {
-    const Layer &layer = m.layers[index];
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const Scratch s = b.mine();
-    const bool whole = rows.count >= 2 * threads;
-    for (int row = 0; row < rows.count; row++) {
-        if (whole && row % threads != thread) continue;
-        const int begin = whole ? 0 : m.heads * thread / threads;
-        const int end = whole ? m.heads : m.heads * (thread + 1) / threads;
-        attend_heads(m, layer, place(m, rows.texts[rows.text[row]], index),
-                     b.wide + row * b.wide_stride, rows.position[row], begin, end, s,
-                     b.x.states + int64_t(row) * b.x.width);
+    const bool whole = whole_rows(rows.count, threads);
+    // Later rows see more keys, so whole rows are dealt out in turn. Of a single row each thread
+    // takes consecutive keys: memory is fetched ahead.
+    for (int row = whole ? thread : 0; row < rows.count; row += whole ? threads : 1) {
+        const Reach r = reach(m.layers[index], rows.position[row]);
+        const int64_t all = m.heads * (r.end - r.begin);
+        if (whole) {
+            attend_row(m, index, rows, b, row, 0, int(all), thread, s);
+            merge(m, index, rows, b, row, thread, 0, m.heads);
+        } else {
+            attend_row(m, index, rows, b, row, int(all * thread / threads),
+                       int(all * (thread + 1) / threads), row, s);
+        }
     }
+    if (whole) return;
+    b.barrier->wait();
+    for (int row = 0; row < rows.count; row++)
+        merge(m, index, rows, b, row, row, m.heads * thread / threads,
+              m.heads * (thread + 1) / threads);
 }
 
 void store_rows(const Model &m, int index, const Rows &rows, const Buffers &b, bool queries) {
@@ -907,16 +988,35 @@ void run_layer(const Model &m, int index, const Rows &rows, float *hidden, const
     });
 }
 
-void fill_layer(const Model &m, int index, const Rows &rows, const float *hidden,
-                const Buffers &b) {
-    Layer &layer = m.layers[index];
-    each_row(rows.count, [&](int row) {
-        enter(m, layer.before_attention, hidden + int64_t(row) * m.hidden, b.x, row, layer.qkv);
+// The inputs of a product from this row on.
+Inputs from_row(const Inputs &x, int64_t row) {
+    const int64_t groups = x.width / GROUP;
+    return {x.states + row * x.width, x.codes + row * x.width, x.steps + row * groups,
+            x.sums + row * groups, x.width};
+}
+
+// Keys and values of several layers whose inputs are all the same rows: the products of all layers
+// follow each other as one, with two meetings for the lot.
+void fill_layers(const Model &m, const int32_t *layers, int count, const Rows &rows,
+                 const float *hidden, const Buffers &b) {
+    const int n = rows.count;
+    each_row(count * n, [&](int i) {
+        Layer &layer = m.layers[layers[i / n]];
+        enter(m, layer.before_attention, hidden + int64_t(i % n) * m.hidden, b.x, i, layer.qkv);
     });
     b.barrier->wait();
-    multiply(layer.qkv, b.x, rows.count, b.wide, b.wide_stride, layer.qkv.first);
+    for (int i = 0; i < count; i++) {
+        Matrix &qkv = m.layers[layers[i]].qkv;
+        multiply(qkv, from_row(b.x, i * n), n, b.wide + i * n * b.wide_stride, b.wide_stride,
+                 qkv.first);
+    }
     b.barrier->wait();
-    store_rows(m, index, rows, b, false);
+    for (int i = 0; i < count; i++) {
+        Buffers own = b;
+        own.wide += i * n * b.wide_stride;
+        store_rows(m, layers[i], rows, own, false);
+    }
+    b.barrier->wait();
 }
 
 void scale_logits(const Model &m, float *logits, int64_t count) {
@@ -931,16 +1031,15 @@ int widest(const Model &m) {
     return std::max({m.hidden, m.heads * m.head_size, round_up(m.inner, LANES)}) + GROUP;
 }
 
-bool allocate_layers(const Model &m, const Rows &rows, int threads, Buffers &b) {
+bool allocate_layers(const Model &m, const Rows &rows, int most, int threads, Buffers &b) {
     int longest = 0;
     for (int row = 0; row < rows.count; row++) longest = std::max(longest, rows.position[row] + 1);
     const int wide = std::max((m.heads + 2 * m.kv_heads) * m.head_size,
                               2 * round_up(m.inner, LANES));
-    return allocate(b, std::min(rows.count, CHUNK), widest(m), wide, m.hidden, longest, m.head_size,
-                    threads);
+    return allocate(m, b, most, widest(m), wide, m.hidden, longest, threads);
 }
 
-Rows part_of(const Rows &rows, int start) {
+Rows rows_from(const Rows &rows, int start) {
     return {rows.texts, rows.text + start, rows.position + start,
             std::min(CHUNK, rows.count - start)};
 }
@@ -955,11 +1054,11 @@ int32_t offramp_run(const Model *m, const int32_t *layers, int32_t count, float 
     Barrier meeting;
     Buffers b;
     b.barrier = &meeting;
-    if (!allocate_layers(*m, *rows, threads, b)) return 1;
+    if (!allocate_layers(*m, *rows, std::min(rows->count, CHUNK), threads, b)) return 1;
 #pragma omp parallel num_threads(threads)
     for (int start = 0; start < rows->count; start += CHUNK)
         for (int i = 0; i < count; i++)
-            run_layer(*m, layers[i], part_of(*rows, start), hidden + int64_t(start) * m->hidden, b);
+            run_layer(*m, layers[i], rows_from(*rows, start), hidden + int64_t(start) * m->hidden, b);
     return 0;
 }
 
@@ -969,12 +1068,16 @@ int32_t offramp_fill(const Model *m, const int32_t *layers, int32_t count, const
     Barrier meeting;
     Buffers b;
     b.barrier = &meeting;
-    if (!allocate_layers(*m, *rows, threads, b)) return 1;
+    const int most = std::max(std::min(rows->count * count, CHUNK), std::min(rows->count, CHUNK));
+    if (!allocate_layers(*m, *rows, most, threads, b)) return 1;
 #pragma omp parallel num_threads(threads)
-    for (int start = 0; start < rows->count; start += CHUNK)
-        for (int i = 0; i < count; i++)
-            fill_layer(*m, layers[i], part_of(*rows, start), hidden + int64_t(start) * m->hidden,
-                       b);
+    for (int start = 0; start < rows->count; start += CHUNK) {
+        const Rows part = rows_from(*rows, start);
+        const int together = std::max(CHUNK / part.count, 1);  // layers
+        for (int i = 0; i < count; i += together)
+            fill_layers(*m, layers + i, std::min(together, count - i), part,
+                        hidden + int64_t(start) * m->hidden, b);
+    }
     return 0;
 }
 
@@ -986,8 +1089,8 @@ int32_t offramp_readout(const Model *m, Matrix *down, Matrix *head, const float 
     Buffers b;
     b.barrier = &meeting;
     const int rank = down == nullptr ? 0 : down->outputs;
-    if (!allocate(b, std::min(rows, int32_t(CHUNK)), std::max(m->hidden, rank) + GROUP, 1,
-                  rank + LANES, 1, 1, threads))
+    if (!allocate(*m, b, std::min(rows, int32_t(CHUNK)), std::max(m->hidden, rank) + GROUP, 1,
+                  rank + LANES, 1, threads))
         return 1;
     const int64_t outputs = head->outputs;
     Matrix &first = down == nullptr ? *head : *down;
