@@ -110,6 +110,36 @@ def test_speculation_is_lossless_in_every_format(form: Format) -> None:
         assert expected == collected(speculate(backbone, requests, draft), 3)[0]
 
 
+@pytest.mark.parametrize("form", ["fp32", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_threads_and_company_change_nothing(
+    family: str, form: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: texts that cross shares of keys, alone or together, on one to three threads."""
+    monkeypatch.setattr("offramp.fast.backbone._WORTH_SHARING", 0)
+    backbone = open_fast(generic(family), form)
+    made = [_across_shares(backbone, threads, monkeypatch) for threads in (1, 2, 3)]
+    for other in made[1:]:
+        assert torch.equal(other, made[0])
+
+
+def _across_shares(backbone: Backbone, threads: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Return logits of two long texts, first each alone and then, trimmed, in one step."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    texts = [Text(ids, backbone.open()) for ids in texts_of(backbone, [1100, 90], seed=4)]
+    for text in texts:
+        step(backbone, [text])
+        text.ids += [7, 8]
+    alone = torch.cat([step(backbone, [text], tails=[2]).logits for text in texts])
+    for text in texts:
+        text.trim(len(text.ids) - 2)
+        backbone.trim(text.slot, len(text.ids))
+        text.ids += [7, 8]
+    together = step(backbone, texts, tails=[2, 2]).logits
+    assert torch.equal(alone, together)
+    return together
+
+
 def test_long_texts_and_long_prompts_are_the_generic_ones() -> None:
     """Buffers double, rotary tables grow, and prompts longer than a chunk of rows are cut."""
     expected, actual = (_long(backbone) for backbone in (generic("llama"), opened("fast:llama")))
@@ -117,10 +147,10 @@ def test_long_texts_and_long_prompts_are_the_generic_ones() -> None:
 
 
 def _long(backbone: Backbone) -> Tensor:
-    [ids] = texts_of(backbone, [600], seed=3)
-    texts = [Text(ids[:560], backbone.open()), Text(ids[:100], backbone.open())]
+    [ids] = texts_of(backbone, [1100], seed=3)
+    texts = [Text(ids[:1010], backbone.open()), Text(ids[:100], backbone.open())]
     rows = [step(backbone, texts, tails=[20, 1]).logits]
-    for token in ids[560:]:
+    for token in ids[1010:1050]:
         texts[0].ids.append(token)
         rows.append(step(backbone, texts[:1]).logits)
     return torch.cat(rows)
