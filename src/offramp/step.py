@@ -30,7 +30,6 @@ class Outcome:
     """Layers that chose each text's last row."""
 
 
-@torch.no_grad()
 def step(
     backbone: Backbone,
     texts: Sequence[Text],
@@ -58,7 +57,40 @@ def step(
         tails: how many of the last rows of each text to read out at full depth; 1 by default.
         detour: layers a leaving token runs on for its choice alone (a draft that skips layers);
             the caller trims the keys and values it leaves there.
+
+    Whatever is raised on the way, Ctrl-C included, leaves every text as it was before the step:
+    the caller may drop one and go on with the others.
     """
+    kept = [(text.done, dict(text.waiting)) for text in texts]
+    try:
+        return _step(backbone, texts, policy, layers, kv, stay, tails, detour)
+    except BaseException:
+        for text, (done, waiting) in zip(texts, kept, strict=True):
+            text.done, text.waiting = done, waiting
+            _rewind(backbone, text)
+        raise
+
+
+def _rewind(backbone: Backbone, text: Text) -> None:
+    """Trim keys and values to what the text's queues say each layer holds."""
+    length = text.done
+    backbone.trim(text.slot, length)
+    for layer in sorted(text.waiting):
+        length -= len(text.waiting[layer])
+        backbone.trim(text.slot, length, first_layer=layer)
+
+
+@torch.no_grad()
+def _step(
+    backbone: Backbone,
+    texts: Sequence[Text],
+    policy: Policy,
+    layers: Sequence[int] | None,
+    kv: KV,
+    stay: Sequence[bool] | None,
+    tails: Sequence[int] | None,
+    detour: Sequence[int],
+) -> Outcome:
     path = range(backbone.shape.num_layers) if layers is None else layers
     spans = tuple(Span(text, text.done, len(text.ids)) for text in texts)
     flow = Flow(backbone.embed(spans), spans, tuple(range(len(texts))))

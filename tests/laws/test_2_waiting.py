@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from offramp.batch import Span, Text
 from offramp.decode import decode
 from offramp.policy import FULL, Threshold, fixed
 from offramp.request import Request
-from offramp.step import step
+from offramp.step import KV, step
 from tests.tools import (
     BOTH,
     FAST,
@@ -151,3 +155,45 @@ def test_a_copy_is_what_the_layer_makes_of_the_exit_state(family: str) -> None:
 
 def _last(text: Text) -> Span:
     return Span(text, text.done - 1, text.done)
+
+
+@pytest.mark.parametrize("kv", ["exact", "copy"])
+@pytest.mark.parametrize("calls", [1, 2, 3])
+@pytest.mark.parametrize("family", BOTH)
+def test_a_step_that_fails_leaves_every_text_as_it_was(
+    family: str, calls: int, kv: KV, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A segment raises halfway; the other texts go on to the logits they would have had."""
+    backbone = opened(family)
+    made = []
+    for fails in (False, True):
+        texts = [Text(ids, backbone.open()) for ids in texts_of(backbone, [7, 5, 9], seed=5)]
+        step(backbone, texts)
+        for text, depth in zip(texts, (2, 4, 1), strict=True):
+            text.ids.append(11)
+            step(backbone, [text], fixed(depth))
+            text.ids.append(12)
+        if fails:
+            before = [(text.done, text.num_waiting, lengths(text.slot)) for text in texts]
+            with monkeypatch.context() as patch:
+                patch.setattr(backbone, "run", _failing(backbone.run, calls))
+                with pytest.raises(ArithmeticError):
+                    step(backbone, texts, fixed(3), kv=kv, stay=[False, True, True])
+            assert before == [(t.done, t.num_waiting, lengths(t.slot)) for t in texts]
+        rows = step(backbone, texts[1:], tails=[2, 2]).logits
+        made += [rows, *(part for text in texts for part in stored(text.slot, 0))]
+    for expected, actual in zip(made[: len(made) // 2], made[len(made) // 2 :], strict=True):
+        assert_close(expected, actual)
+
+
+def _failing(run: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:
+    """Return ``run`` that does its work and raises, from the calls-th time on."""
+    counter = itertools.count(1)
+
+    def failing(*args: Any) -> Tensor:
+        out = run(*args)
+        if next(counter) >= calls:
+            raise ArithmeticError
+        return out
+
+    return failing

@@ -155,7 +155,10 @@ def _rows(spans: Sequence[Span]) -> RowsStruct:
     for struct, span in zip(texts, spans, strict=True):
         slot = span.text.slot
         struct.keys, struct.values = slot.keys.data_ptr(), slot.values.data_ptr()
-        struct.key_steps, struct.value_steps = slot.key_steps.data_ptr(), slot.value_steps.data_ptr()
+        struct.key_steps, struct.value_steps = (
+            slot.key_steps.data_ptr(),
+            slot.value_steps.data_ptr(),
+        )
         struct.capacity = slot.capacity
     count = sum(map(len, spans))
     text, position = (ctypes.c_int32 * count)(), (ctypes.c_int32 * count)()

@@ -46,7 +46,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if size < _HUGE:
         return torch.zeros(shape, dtype=dtype)
     try:
-        # Private: the default is shared memory, which gets no huge pages. The tensor keeps it alive.
+        # Private, for shared memory gets no huge pages. The tensor keeps it alive.
         pages = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no memory for {size >> 20} MiB") from error
