@@ -162,6 +162,9 @@ def _leave(backbone: Backbone, gone: Flow, skipped: Sequence[int], kv: KV) -> No
 
 def _collect(chosen: list[tuple[tuple[int, ...], Probe]], counts: list[int]) -> Outcome:
     """Read out the rows that have no logits yet, and put all texts back in order."""
+    if len(chosen) == 1:  # all at one depth, in order: nothing to move
+        [(members, probe)] = chosen
+        return Outcome(probe.logits, [probe.depth] * len(members))
     logits: list[Tensor | None] = [None] * len(counts)
     depths = [0] * len(counts)
     for members, probe in chosen:
