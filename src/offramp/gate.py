@@ -49,8 +49,7 @@ class GateWeights:
         """Return the probability, ``[S]``, that states ``[S, D]`` after ``depth`` may leave."""
         row = self.exits.index(depth)
         weights, bias = self.weights[row].to(hidden.device), self.biases[row].to(hidden.device)
-        # Not a matrix product: a row's sum must not depend on how many rows there are.
-        return torch.sigmoid((_normed(hidden) * weights).sum(-1) + bias)
+        return torch.sigmoid(_normed(hidden) @ weights + bias)
 
     def must_fit(self, backbone: Backbone) -> None:
         """Refuse another model than the one they were fitted on.
