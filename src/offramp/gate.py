@@ -157,7 +157,7 @@ def _check_parts(gates: GateWeights) -> None:
         raise ValueError("parts do not go together")
 
 
-def fit_gate(trace: Trace, *, l2: float = 0.01) -> GateWeights:
+def fit_gate(trace: Trace, *, l2: float = 0.3) -> GateWeights:
     """Return a gate for each exit of the trace: does the state here say what the last layer will?
 
     Deterministic: logistic regression on standardised widths by L-BFGS. Targets are smoothed as
@@ -165,7 +165,8 @@ def fit_gate(trace: Trace, *, l2: float = 0.01) -> GateWeights:
 
     Args:
         trace: recorded with ``keep_hidden=True``; its rows are what the gates learn from.
-        l2: weight of the squared coefficients beside the mean loss.
+        l2: weight of the squared coefficients beside the mean loss; the default suits a few
+            hundred tokens.
 
     Raises:
         UsageError: the trace kept no hidden states or has no exits, or ``l2`` is not positive.
@@ -200,13 +201,17 @@ def fit_gate(trace: Trace, *, l2: float = 0.01) -> GateWeights:
 
 @torch.enable_grad()
 def _fit(states: Tensor, agrees: Tensor, l2: float) -> tuple[Tensor, Tensor, float]:
-    """Return weights ``[D]``, bias and mean loss of one logistic regression on ``[T, D]``."""
+    """Return weights ``[D]``, bias and mean loss of one logistic regression on ``[T, D]``.
+
+    In fp64: in fp32 the line search can circle around the minimum for minutes.
+    """
+    states, agrees = states.double(), agrees.double()
     mean, spread = states.mean(0), states.std(0, unbiased=False).clamp_min(_EPSILON)
     inputs = (states - mean) / spread
     right = agrees.sum()
     targets = torch.where(agrees > 0, (right + 1) / (right + 2), 1 / (len(agrees) - right + 2))
-    weights = torch.zeros(states.shape[1], requires_grad=True)
-    bias = torch.zeros((), requires_grad=True)
+    weights = torch.zeros(states.shape[1], dtype=states.dtype, requires_grad=True)
+    bias = torch.zeros((), dtype=states.dtype, requires_grad=True)
     optimiser = torch.optim.LBFGS([weights, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -218,9 +223,9 @@ def _fit(states: Tensor, agrees: Tensor, l2: float) -> tuple[Tensor, Tensor, flo
 
     optimiser.step(loss)
     scaled = weights.detach() / spread
-    logits = states @ scaled + bias.detach() - scaled @ mean
-    left = functional.binary_cross_entropy_with_logits(logits, agrees).item()
-    return scaled, bias.detach() - scaled @ mean, left
+    offset = bias.detach() - scaled @ mean
+    left = functional.binary_cross_entropy_with_logits(states @ scaled + offset, agrees).item()
+    return scaled.float(), offset.float(), left
 
 
 def _normed(hidden: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def _show(name: str, found: Inspection, every: int, console: Console) -> None:
     checks = [
         (row.check, f"{row.layers:.2f}", f"{row.break_even_depth:.1f}") for row in found.checks
     ]
-    table("ways to check an exit", ("check", "layers", "pays until depth"), checks, console)
+    table("what a check costs", ("check", "layers", "pays until depth"), checks, console)
     rows = [
         (
             f"{row.depth}",
