@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import offramp
 from offramp.backbone import Backbone
 from offramp.checks import FULL_HEAD, Check, LowRank, Shortlist
+from offramp.cost import flops, weight_bytes
 from offramp.decode import decode
 from offramp.errors import UnsupportedModelError, UsageError
+from offramp.fast.open import open_fast
+from offramp.heads import low_rank
 from offramp.hf.open import open_model
 from offramp.policy import Threshold
 from offramp.probe import Probe
@@ -107,6 +111,56 @@ def test_both_backbones_approximate_alike(family: str) -> None:
     fast, slow = opened(family), generic(family.removeprefix("fast:"))
     hidden = states(fast)
     assert_close(slow.low_rank(5)(hidden, 2), fast.low_rank(5)(hidden, 2))
+
+
+def test_a_low_rank_is_the_nearest_one() -> None:
+    """As far from the head, for widths of these gains, as the singular values left out."""
+    generator = torch.Generator().manual_seed(0)
+    weight, gains = torch.randn(50, 12, generator=generator), torch.randn(12, generator=generator)
+    values = torch.linalg.svdvals(weight * gains)
+    for rank in (1, 5, 11):
+        up, down = low_rank(weight, gains, rank)
+        assert (up.shape, down.shape) == ((50, rank), (rank, 12))
+        off = ((up @ down - weight) * gains).norm().item()
+        assert off == pytest.approx(values[rank:].norm().item(), rel=1e-3)
+
+
+def test_a_heads_bias_is_in_every_check() -> None:
+    """On both backbones; no family of the ten has one."""
+    model = build("llama")
+    size, width = model.get_output_embeddings().weight.shape
+    model.lm_head = torch.nn.Linear(width, size)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.get_input_embeddings().weight)
+        model.lm_head.bias.copy_(torch.linspace(-3, 3, size))
+    slow = open_model(model)
+    for backbone in (slow, open_fast(slow)):
+        hidden, tokens = states(backbone), torch.arange(3, size, 5)
+        full = backbone.readout(hidden, 2)
+        assert_close(full[:, tokens], backbone.shortlist(tokens)(hidden, 2))
+        assert_close(full, backbone.low_rank(width)(hidden, 2))
+
+
+def test_some_rows_of_a_probe_see_what_they_saw() -> None:
+    """Whether it was looked at before they were taken, or is after."""
+    backbone = opened("llama")
+    look = backbone.shortlist(torch.arange(9))
+    probe = Probe(2, 6, states(backbone), backbone.readout, look=look)
+    before = probe.take([4, 1]).seen
+    assert_close(probe.seen[[4, 1]], before)
+    assert_close(before, probe.take([4, 1]).seen)
+
+
+def test_figures_price_a_check_by_its_own_weights(tiny: offramp.Model) -> None:
+    """Rows at the weights of the shortlist, not of the head, and not for nothing."""
+    run = offramp.Exit(signal="margin", thresholds={2: 0.1}, check=Shortlist(size=50))
+    figures = tiny.generate("hi", plan=offramp.Plan(run=run), max_new_tokens=9).figures
+    shape, told = tiny.backbone.shape, figures.as_dict()
+    assert figures.work.check_rows > 0
+    weights = 50 * shape.hidden_size
+    for name, price in (("flops_ratio", flops), ("bytes_ratio", weight_bytes)):
+        whole = price(figures.baseline, shape)
+        assert told[name] == pytest.approx(price(figures.work, shape, weights) / whole)
 
 
 @pytest.mark.parametrize("family", TEN + FAST)
