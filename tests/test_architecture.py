@@ -15,10 +15,10 @@ SOURCE = ROOT / "src" / "offramp"
 
 # Lower knows nothing of higher. Modules in one entry may import each other.
 ORDER = [
-    ("errors", "meter", "files"),
-    ("batch",),
+    ("errors", "meter", "files", "heads"),
+    ("batch", "probe"),
     ("backbone",),
-    ("probe",),
+    ("checks",),
     ("signals",),
     ("policy",),
     ("step",),
@@ -26,7 +26,9 @@ ORDER = [
     ("request",),
     ("decode",),
     ("speculate",),
-    ("trace", "plan"),
+    ("trace",),
+    ("gate",),
+    ("plan",),
     ("inspection", "text"),
     ("hf",),
     ("fast",),

@@ -147,6 +147,7 @@ class Rows:
     def __init__(self) -> None:
         self.by_layer: dict[str, Counter[int]] = defaultdict(Counter)
         self.head = 0
+        self.check = 0
 
     def total(self, kind: str) -> int:
         return sum(self.by_layer[kind].values())
@@ -175,6 +176,7 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
     if "mlp" in rows.by_layer:  # experts are no modules that a hook could see
         assert rows.total("mlp") == work.layer_tokens
     assert rows.head == work.head_rows
+    assert rows.check == work.check_rows
 
 
 def _subtract(later: list[dict[str, int]], earlier: list[dict[str, int]], rows: Rows) -> None:
@@ -182,6 +184,8 @@ def _subtract(later: list[dict[str, int]], earlier: list[dict[str, int]], rows: 
         for kind, count in now.items():
             if kind == "head":
                 rows.head += count - then[kind]
+            elif kind == "check":
+                rows.check += count - then[kind]
             elif count > then[kind]:
                 rows.by_layer[kind][index] += count - then[kind]
 
@@ -201,7 +205,12 @@ def _hooks(backbone: HFBackbone, rows: Rows) -> Iterator[Any]:
     def head(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
         rows.head += args[0][..., 0].numel()
 
+    def check(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows.check += args[0][..., 0].numel()
+
     yield backbone.model.get_output_embeddings().register_forward_pre_hook(head)
+    for cheap in backbone.cheap.values():  # those made inside a count would be missed: make first
+        yield cheap.register_forward_pre_hook(check)
 
 
 def _ending(layer: nn.Module, names: Sequence[str]) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offramp.batch import Span
 from offramp.meter import Meter
+from offramp.probe import Readout
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,15 @@ class Backbone(Protocol):
 
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
         """Return logits ``[N, V]`` of states ``[N, D]`` after ``depth`` layers."""
+
+    def shortlist(self, tokens: Tensor) -> Readout:
+        """Return a readout of these vocabulary entries alone: logits ``[N, len(tokens)]``.
+
+        It and :meth:`low_rank` are for checks; their rows are counted apart from the full head's.
+        """
+
+    def low_rank(self, rank: int) -> Readout:
+        """Return a readout by the head's best approximation of this rank: logits ``[N, V]``."""
 
     def trim(self, slot: Any, length: int, *, first_layer: int = 0) -> None:
         """Forget positions from ``length`` on in every layer from ``first_layer`` on."""

@@ -16,21 +16,29 @@ from offramp.backbone import Shape
 from offramp.meter import Meter
 
 
-def flops(work: Meter, shape: Shape) -> float:
-    """Return operations: two per weight and row, four per key, head dimension and row."""
+def flops(work: Meter, shape: Shape, check_weights: int = 0) -> float:
+    """Return operations: two per weight and row, four per key, head dimension and row.
+
+    ``check_weights`` are those that one row of a cheap exit check multiplies.
+    """
     return 2.0 * (
         shape.layer_weights * work.layer_tokens
         + shape.head_weights * work.head_rows
+        + check_weights * work.check_rows
         + shape.fill_weights * work.fill_rows
         + 2 * shape.attention_size * work.attended
     )
 
 
-def weight_bytes(work: Meter, shape: Shape) -> float:
-    """Return bytes of weights read, each pass reading its module's weights once."""
+def weight_bytes(work: Meter, shape: Shape, check_weights: int = 0) -> float:
+    """Return bytes of weights read, each pass reading its module's weights once.
+
+    A cheap check's weights are held as precisely as the layers', not as the head's.
+    """
+    checks = check_weights * work.check_passes
     layers = shape.layer_weights * work.layer_passes + shape.fill_weights * work.fill_passes
     head = shape.head_weights * work.head_passes
-    return shape.bytes_per_weight * layers + shape.head_bytes_per_weight * head
+    return shape.bytes_per_weight * (layers + checks) + shape.head_bytes_per_weight * head
 
 
 def full_depth(
@@ -70,18 +78,26 @@ def check_in_layers(shape: Shape) -> float:
     return precision * shape.head_weights / shape.layer_weights
 
 
+def cheap_check_in_layers(shape: Shape, check_weights: int) -> float:
+    """Return the same of a cheap check, held as precisely as the layers, of so many weights."""
+    return check_weights / shape.layer_weights
+
+
 def fill_in_layers(shape: Shape) -> float:
     """Return the cost of one layer's keys and values, one layer = 1."""
     return shape.kv_weights / shape.layer_weights
 
 
-def break_even_depth(shape: Shape) -> float:
+def break_even_depth(shape: Shape, check_weights: int = 0) -> float:
     """Return the deepest exit that pays when every layer is checked and skipped layers filled.
 
     A token leaving at e costs e checks, e layers and L - e fills; the full model L layers and one
-    head: e = (L + h - f L) / (1 + h - f).
+    head: e = (L + h - f L) / (1 + h - f). A cheap check of c layers leaves the head to run once
+    for the token, as in the full model: e = (L - f L) / (1 + c - f).
     """
     h, f, depth = check_in_layers(shape), fill_in_layers(shape), shape.num_layers
+    if check_weights:
+        return depth * (1 - f) / (1 + cheap_check_in_layers(shape, check_weights) - f)
     return (depth + h - f * depth) / (1 + h - f)
 
 
@@ -125,17 +141,18 @@ class Figures:
     work: Meter
     baseline: Meter
     shape: Shape
+    check_weights: int = 0
+    """Weights that one row of the run's cheap exit check multiplies."""
 
     def as_dict(self) -> dict[str, object]:
         """Return the figures by name; ratios are against full depth over the same tokens."""
         counted = sorted(Counter(self.depths).items())
+        done, whole = (self.work, self.shape, self.check_weights), (self.baseline, self.shape)
         return {
             "tokens": self.tokens,
             **self.work.as_dict(),
-            "flops_ratio": _ratio(flops(self.work, self.shape), flops(self.baseline, self.shape)),
-            "bytes_ratio": _ratio(
-                weight_bytes(self.work, self.shape), weight_bytes(self.baseline, self.shape)
-            ),
+            "flops_ratio": _ratio(flops(*done), flops(*whole)),
+            "bytes_ratio": _ratio(weight_bytes(*done), weight_bytes(*whole)),
             "seconds": self.seconds,
             "tokens_per_second": _ratio(self.tokens, self.seconds),
             "mean_depth": sum(self.depths) / max(len(self.depths), 1),

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from offramp.backbone import Shape
+from offramp.checks import FULL_HEAD, Check, LowRank, Shortlist
 from offramp.cost import (
     break_even_depth,
+    cheap_check_in_layers,
     check_in_layers,
     exit_ratio,
     fill_in_layers,
@@ -34,6 +36,25 @@ _AGREE = 0.95
 _WORTH = 0.9
 """A plan must be predicted to read at most this share of the weights to be called worth it."""
 _DRAFT_TOKENS = (1, 2, 3, 4, 6, 8)
+
+
+_CHECKS: tuple[Check, ...] = (
+    FULL_HEAD,
+    Shortlist(size=2048),
+    Shortlist(size=4096),
+    LowRank(rank=32),
+)
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """What one way of checking an exit costs, and for which exits it could pay."""
+
+    check: str
+    layers: float
+    """Weights read by one check, one layer = 1."""
+    break_even_depth: float
+    """With a check after every layer, the deepest exit that still pays."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +84,8 @@ class Inspection:
     check_in_layers: float
     fill_in_layers: float
     break_even_depth: float
+    checks: tuple[CheckRow, ...]
+    """The full head and what would be cheaper on this model."""
     rows: tuple[DepthRow, ...]
     exits: tuple[int, ...]
     """Recommended exits: where a check could pay for itself, few of them."""
@@ -86,6 +109,7 @@ def judge(trace: Trace, shape: Shape, *, batched: bool) -> Inspection:
         check_in_layers=check_in_layers(shape),
         fill_in_layers=fill_in_layers(shape),
         break_even_depth=break_even_depth(shape),
+        checks=tuple(_check_row(check, shape) for check in _CHECKS if _cheaper(check, shape)),
         rows=rows,
         exits=exits,
         exit_depth=depth,
@@ -93,6 +117,16 @@ def judge(trace: Trace, shape: Shape, *, batched: bool) -> Inspection:
         verdict=verdict,
         recipe=recipe,
     )
+
+
+def _cheaper(check: Check, shape: Shape) -> bool:
+    return check.weights(shape) < shape.head_weights
+
+
+def _check_row(check: Check, shape: Shape) -> CheckRow:
+    weights = check.weights(shape)
+    price = cheap_check_in_layers(shape, weights) if weights else check_in_layers(shape)
+    return CheckRow(str(check), price, break_even_depth(shape, weights))
 
 
 def _row(trace: Trace, column: int, shape: Shape) -> DepthRow:

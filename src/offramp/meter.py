@@ -20,7 +20,11 @@ class Meter:
     head_passes: int = 0
     """Calls of the readout (norm and vocabulary head)."""
     head_rows: int = 0
-    """Rows through the readout, exit checks and chosen tokens alike."""
+    """Rows through the readout, full exit checks and chosen tokens alike."""
+    check_passes: int = 0
+    """Calls of a cheap check's head."""
+    check_rows: int = 0
+    """Rows through a cheap check's head."""
     fill_passes: int = 0
     """Calls of a layer only for its keys and values (``kv="copy"``)."""
     fill_rows: int = 0

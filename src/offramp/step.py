@@ -15,7 +15,7 @@ from torch import Tensor
 from offramp.backbone import Backbone
 from offramp.batch import Flow, Span, Text
 from offramp.policy import FULL, Policy
-from offramp.probe import Probe
+from offramp.probe import Probe, Readout
 
 KV = Literal["exact", "copy"]
 
@@ -37,6 +37,7 @@ def step(
     *,
     layers: Sequence[int] | None = None,
     kv: KV = "exact",
+    look: Readout | None = None,
     stay: Sequence[bool] | None = None,
     tails: Sequence[int] | None = None,
     detour: Sequence[int] = (),
@@ -53,6 +54,7 @@ def step(
         policy: where to ask, and whether to leave.
         layers: the path to run, ascending layer indices; all by default. Depths count along it.
         kv: what becomes of the layers that a leaving token skips.
+        look: what a check sees in place of the full head's logits.
         stay: the texts that run to the end of the path whatever the policy says.
         tails: how many of the last rows of each text to read out at full depth; 1 by default.
         detour: layers a leaving token runs on for its choice alone (a draft that skips layers);
@@ -110,9 +112,8 @@ def _step(
         if not asking or stop not in policy.exits:
             continue
         asked = flow.select(asking)
-        probe = Probe(
-            stop, len(path), asked.tails([1] * len(asking)), backbone.readout, previous=probe
-        )
+        rows = asked.tails([1] * len(asking))
+        probe = Probe(stop, len(path), rows, backbone.readout, previous=probe, look=look)
         leaving, staying = _split(policy.leave(probe))
         if leaving:
             gone = asked.select(leaving)

@@ -28,6 +28,7 @@ def generate(
     draft_confidence: o.DraftConfidence = 0.0,
     exit_depth: o.ExitDepth = None,
     threshold: o.ThresholdText = None,
+    check: o.CheckText = None,
     kv: o.KeyValues = o.KV.exact,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the K most probable tokens; 0 keeps all.")] = 0,
@@ -66,6 +67,7 @@ def generate(
         draft_confidence=draft_confidence,
         exit_depth=exit_depth,
         threshold=threshold,
+        check=check,
         kv=kv,
     )
     from rich.console import Console

@@ -82,6 +82,10 @@ def _show(name: str, found: Inspection, every: int, console: Console) -> None:
         f"of one skipped layer cost {found.fill_in_layers:.3f}.\nChecking after every layer pays "
         f"only for tokens that leave by depth {found.break_even_depth:.1f}."
     )
+    checks = [
+        (row.check, f"{row.layers:.2f}", f"{row.break_even_depth:.1f}") for row in found.checks
+    ]
+    table("what a check costs", ("check", "layers", "pays until depth"), checks, console)
     rows = [
         (
             f"{row.depth}",

@@ -111,6 +111,15 @@ ThresholdText = Annotated[
         "e.g. max_prob=12:0.95,18:0.9.",
     ),
 ]
+CheckText = Annotated[
+    str | None,
+    typer.Option(
+        "--check",
+        metavar="full|shortlist:N|low-rank:N|gate:FILE",
+        help="With --threshold: what the signal looks at; with a gate, write --threshold "
+        "gate=DEPTH:VALUE,...",
+    ),
+]
 KeyValues = Annotated[
     KV,
     typer.Option(
@@ -144,14 +153,16 @@ def parse_plan(
     draft_confidence: float = 0.0,
     exit_depth: int | None = None,
     threshold: str | None = None,
+    check: str | None = None,
     kv: KV = KV.exact,
 ) -> Plan:
     """Return the plan that the options describe; at most one way of describing it is allowed.
 
     Raises:
-        UsageError: two ways at once, or a threshold that cannot be read.
-        OfframpError: the plan file cannot be read.
+        UsageError: two ways at once, or a threshold or check that cannot be read.
+        OfframpError: the plan file or the gates cannot be read.
     """
+    from offramp.checks import parse_check
     from offramp.paths import prefix
     from offramp.plan import Exit, Plan, Speculate, read_plan
     from offramp.plan import Path as SubModel
@@ -160,6 +171,8 @@ def parse_plan(
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise UsageError(f"{' and '.join(named)} exclude each other")
+    if check is not None and threshold is None:
+        raise UsageError("--check says what a --threshold looks at; give one")
     if draft is not None:
         if draft < 1:
             raise UsageError(f"--draft {draft}: a draft runs 1 layer or more")
@@ -171,7 +184,8 @@ def parse_plan(
         return Plan(run=SubModel(layers=prefix(exit_depth, max(exit_depth, 1))))
     if threshold is not None:
         signal, values = parse_threshold(threshold)
-        run = Exit(signal=signal, thresholds=values, kv=kv.value)
+        looked_at = parse_check(check or "full")
+        run = Exit(signal=signal, thresholds=values, kv=kv.value, check=looked_at)
         _ = run.policy  # refuses an unknown signal or a value out of range before a model loads
         return Plan(run=run)
     return Plan() if plan in (None, "full") else read_plan(Path(str(plan)))

@@ -89,6 +89,7 @@ def figures_table(figures: Mapping[str, Any], console: Console) -> None:
         ("layer passes", f"{figures['layer_passes']}"),
         ("layer rows", f"{figures['layer_tokens']}"),
         ("head rows", f"{figures['head_rows']}"),
+        ("check rows", f"{figures['check_rows']}"),
         ("fill rows", f"{figures['fill_rows']}"),
         ("operations / full depth", f"{figures['flops_ratio']:.2f}"),
         ("weights read / full depth", f"{figures['bytes_ratio']:.2f}"),

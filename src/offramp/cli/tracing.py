@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from offramp.checks import Check
     from offramp.model import Model
     from offramp.text import Prompt
     from offramp.trace import Trace
@@ -39,12 +40,18 @@ def own_answers(
 
 
 def traced(
-    model: Model, texts: Texts, exits: Sequence[int] | None = None, *, keep_hidden: bool = False
+    model: Model,
+    texts: Texts,
+    exits: Sequence[int] | None = None,
+    *,
+    keep_hidden: bool = False,
+    check: Check | None = None,
 ) -> Trace:
-    """Record the trace of some texts."""
+    """Record the trace of some texts; its scores are the full head's unless another check's."""
     from tqdm import tqdm
 
+    from offramp.checks import FULL_HEAD
     from offramp.trace import record
 
     with tqdm(texts, desc="trace", unit="text", leave=False) as bar:
-        return record(model.backbone, bar, exits, keep_hidden=keep_hidden)
+        return record(model.backbone, bar, exits, keep_hidden=keep_hidden, check=check or FULL_HEAD)

@@ -7,7 +7,7 @@ depth share a call and nothing is padded.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor
 from offramp.backbone import Shape
 from offramp.batch import Span
 from offramp.fast.build import kernels
-from offramp.fast.layout import FP32, INT8, RowsStruct, TextStruct
+from offramp.fast.heads import CheapHead, low_rank_head, shortlist_head
+from offramp.fast.layout import FP32, INT8, MatrixStruct, RowsStruct, TextStruct
 from offramp.fast.pack import Format
 from offramp.fast.rotary import Rotary
 from offramp.fast.slots import Sizes, Slot
 from offramp.fast.weights import Taken
 from offramp.meter import Meter
+from offramp.probe import Readout
 
 _Run = Callable[..., int]
 _WORTH_SHARING = 200_000
@@ -50,6 +52,7 @@ class FastBackbone:
         self._taken, self._rotary = taken, rotary
         self._embedding, self._embedding_scale = model.get_input_embeddings(), embedding_scale
         self._library = kernels()
+        self._cheap: dict[Hashable, CheapHead] = {}
         struct = taken.struct
         int8 = weights in ("int8", "int4")  # keys and values are held as roughly as the weights
         struct.kv_format = INT8 if int8 else FP32
@@ -94,33 +97,64 @@ class FastBackbone:
 
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
         """Return logits ``[N, V]`` of states ``[N, D]``; every depth shares norm and head."""
+        self.meter.head_passes += 1
+        self.meter.head_rows += len(hidden)
+        return self._read(None, self._taken.struct.head, self.shape.head_weights, hidden)
+
+    def shortlist(self, tokens: Tensor) -> Readout:
+        """Return a readout of these vocabulary entries alone: logits ``[N, len(tokens)]``."""
+        key = tuple(tokens.tolist())
+        if key not in self._cheap:
+            head = self.model.get_output_embeddings()
+            self._cheap[key] = shortlist_head(head, tokens, self.weights)
+        return self._reading(self._cheap[key])
+
+    def low_rank(self, rank: int) -> Readout:
+        """Return a readout by the head's best approximation of this rank: logits ``[N, V]``."""
+        if rank not in self._cheap:
+            head = self.model.get_output_embeddings()
+            self._cheap[rank] = low_rank_head(head, self._taken.gains, rank, self.weights)
+        return self._reading(self._cheap[rank])
+
+    def _reading(self, cheap: CheapHead) -> Readout:
+        def readout(hidden: Tensor, _depth: int) -> Tensor:
+            self.meter.check_passes += 1
+            self.meter.check_rows += len(hidden)
+            return self._read(cheap.down, cheap.head, cheap.weights, hidden)
+
+        return readout
+
+    def _read(
+        self, down: MatrixStruct | None, head: MatrixStruct, weights: int, hidden: Tensor
+    ) -> Tensor:
+        """Return logits ``[N, outputs]`` of one head, of one matrix or two."""
         hidden = hidden.contiguous()
-        logits = torch.empty(len(hidden), self.shape.vocab_size)
+        logits = torch.empty(len(hidden), head.outputs)
         status = self._library.offramp_readout(
             self._taken.struct,
-            None,
-            self._taken.struct.head,
+            down,
+            head,
             hidden.data_ptr(),
             len(hidden),
             logits.data_ptr(),
-            _threads(len(hidden) * self.shape.head_weights),
+            _threads(len(hidden) * weights),
         )
         _check(status)
-        self.meter.head_passes += 1
-        self.meter.head_rows += len(hidden)
         return logits
 
     def multiplied(self) -> list[dict[str, int]]:
         """Return, per layer, the rows that each kind of matrix has multiplied so far.
 
-        Counted by the kernels themselves; the last entry is the vocabulary head's.
+        Counted by the kernels themselves; the last entry is of the vocabulary head and its cheap
+        stand-ins.
         """
         kinds = {"key": "qkv", "output": "output", "mlp": "down"}
         counts = [
             {kind: getattr(layer, name).rows for kind, name in kinds.items()}
             for layer in self._taken.layers
         ]
-        return [*counts, {"head": self._taken.struct.head.rows}]
+        checks = sum(cheap.head.rows for cheap in self._cheap.values())
+        return [*counts, {"head": self._taken.struct.head.rows, "check": checks}]
 
     def _call(
         self, function: _Run, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]

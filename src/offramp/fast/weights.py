@@ -36,6 +36,8 @@ class Taken:
     layers: ctypes.Array[LayerStruct]
     head_bytes: float
     """Bytes per weight of the vocabulary head."""
+    gains: Tensor
+    """``[D]`` of the last norm."""
     kept: list[Tensor] = field(default_factory=list)
 
 
@@ -58,9 +60,9 @@ def take(
     structs = (LayerStruct * len(layers))()
     for index in range(len(layers)) if only is None else only:
         taker.layer(structs[index], layers[index])
-    taker.top(head_form)
+    gains = taker.top(head_form)
     taker.struct.layers = ctypes.cast(structs, ctypes.POINTER(LayerStruct))
-    return Taken(taker.struct, structs, BYTES[head_form], taker.kept)
+    return Taken(taker.struct, structs, BYTES[head_form], gains, taker.kept)
 
 
 class _Taker:
@@ -145,16 +147,18 @@ class _Taker:
         struct.query_norm = self._address(self._gains(query, sizes[0]))
         struct.key_norm = self._address(self._gains(key, sizes[1]))
 
-    def top(self, form: Format) -> None:
-        """Take the last norm, the head and what scales the logits."""
+    def top(self, form: Format) -> Tensor:
+        """Take the last norm, the head and what scales the logits; return the norm's gains."""
         s, facts = self.struct, self.config.to_dict()
         inner = self.model.base_model
-        s.norm = self._address(self._gains(self._part(inner, "norm"), s.hidden))
+        gains = self._gains(self._part(inner, "norm"), s.hidden)
+        s.norm = self._address(gains)
         s.epsilon = self._epsilon or 0.0
         head = self.model.get_output_embeddings()
         s.head = self._matrix([head], [head.weight.shape[0]], form=form)
         s.logit_scale = facts.get("logit_scale") or 1 / (facts.get("logits_scaling") or 1.0)
         s.logit_softcap = facts.get("final_logit_softcapping") or 0.0
+        return gains
 
     def _gains(self, norm: Any, size: int) -> Tensor:
         """Return what an RMS norm multiplies by, whatever it keeps: its answer to ones."""

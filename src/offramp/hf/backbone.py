@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offramp.backbone import Shape
 from offramp.batch import Span
 from offramp.hf.adapter import Adapter, Prepared
 from offramp.hf.cache import FilledError, LayerStore, Slot, group_cache, padding_mask
+from offramp.hf.heads import HeadPlace
 from offramp.meter import Meter
+from offramp.probe import Readout
 
 
 @dataclass
@@ -43,6 +46,8 @@ class HFBackbone:
         self.fingerprint = fingerprint(model)
         self.batched = True  # the self-check turns it off where texts cannot share a call
         self.ragged = False
+        self.cheap: dict[Hashable, nn.Module] = {}
+        """Heads of cheap checks, each made once."""
         self._key: tuple[Any, ...] = ()
         self._groups: list[_Group] = []
 
@@ -106,6 +111,42 @@ class HFBackbone:
         self.meter.head_passes += 1
         self.meter.head_rows += len(hidden)
         return self.adapter.readout(hidden)
+
+    @torch.no_grad()
+    def shortlist(self, tokens: Tensor) -> Readout:
+        """Return a readout of these vocabulary entries alone: logits ``[N, len(tokens)]``.
+
+        Raises:
+            UnsupportedModelError: the model's head cannot be stood in for.
+        """
+        key = tuple(tokens.tolist())
+        if key not in self.cheap:
+            self.cheap[key] = self._place.shortlist(tokens)
+        return self._reading(self.cheap[key])
+
+    @torch.no_grad()
+    def low_rank(self, rank: int) -> Readout:
+        """Return a readout by the head's best approximation of this rank: logits ``[N, V]``.
+
+        Raises:
+            UnsupportedModelError: the model's head cannot be stood in for.
+        """
+        if rank not in self.cheap:
+            self.cheap[rank] = self._place.low_rank(rank)
+        return self._reading(self.cheap[rank])
+
+    @cached_property
+    def _place(self) -> HeadPlace:
+        return HeadPlace(self.model, self.adapter)
+
+    def _reading(self, head: nn.Module) -> Readout:
+        @torch.no_grad()
+        def readout(hidden: Tensor, _depth: int) -> Tensor:
+            self.meter.check_passes += 1
+            self.meter.check_rows += len(hidden)
+            return self._place.readout(head, hidden)
+
+        return readout
 
     def _prepare(self, spans: Sequence[Span]) -> list[_Group]:
         """Ask the model what its layers need for these rows; the last answer is kept."""
