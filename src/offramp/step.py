@@ -64,6 +64,7 @@ def step(
     flow = Flow(backbone.embed(spans), spans, tuple(range(len(texts))))
     for text in texts:
         text.done = len(text.ids)
+    backbone.meter.tally.steps += 1
     counts = [1] * len(texts) if tails is None else list(tails)
     chosen: list[tuple[tuple[int, ...], Probe]] = []  # who left, and what they looked like
     probe: Probe | None = None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offramp.backbone import Shape
 from offramp.batch import Span
-from offramp.fast.build import kernels
+from offramp.fast.build import kernels, version
 from offramp.fast.layout import RowsStruct, TextStruct
 from offramp.fast.pack import Format
 from offramp.fast.rotary import Rotary
@@ -46,7 +46,8 @@ class FastBackbone:
         self.meter = Meter()
         self.fingerprint = fingerprint
         self.batched = self.ragged = True
-        self.weights = weights
+        self.name, self.build = "fast", version()
+        self.weights: str = weights
         self._taken, self._rotary = taken, rotary
         self._embedding, self._embedding_scale = model.get_input_embeddings(), embedding_scale
         self._library = kernels()
@@ -76,9 +77,7 @@ class FastBackbone:
         """Run ``hidden [N, D]`` through ``layers`` in order, appending keys and values."""
         rows = hidden.clone(memory_format=torch.contiguous_format)  # changed in place
         self._call(self._library.offramp_run, layers, rows, spans)
-        self.meter.layer_passes += len(layers)
-        self.meter.layer_tokens += len(layers) * len(rows)
-        self.meter.attended += len(layers) * sum(map(_attended, spans))
+        self.meter.ran(len(layers), spans)
         return rows
 
     def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:
@@ -87,8 +86,7 @@ class FastBackbone:
         Only the norm and the key and value projections run.
         """
         self._call(self._library.offramp_fill, layers, hidden.contiguous(), spans)
-        self.meter.fill_passes += len(layers)
-        self.meter.fill_rows += len(layers) * len(hidden)
+        self.meter.filled(len(layers), len(hidden))
 
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
         """Return logits ``[N, V]`` of states ``[N, D]``; every depth shares norm and head."""
@@ -104,8 +102,7 @@ class FastBackbone:
             _threads(len(hidden) * self.shape.head_weights),
         )
         _check(status)
-        self.meter.head_passes += 1
-        self.meter.head_rows += len(hidden)
+        self.meter.read(len(hidden))
         return logits
 
     def multiplied(self) -> list[dict[str, int]]:
@@ -166,11 +163,6 @@ def _rows(spans: Sequence[Span]) -> RowsStruct:
     return RowsStruct(
         ctypes.cast(texts, whole), ctypes.cast(text, numbers), ctypes.cast(position, numbers), count
     )
-
-
-def _attended(span: Span) -> int:
-    """Return the keys this span's rows look at: position p sees p + 1."""
-    return (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
 
 
 def _threads(products: int) -> int:

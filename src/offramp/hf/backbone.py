@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +23,8 @@ from offramp.batch import Span
 from offramp.hf.adapter import Adapter, Prepared
 from offramp.hf.cache import FilledError, LayerStore, Slot, group_cache, padding_mask
 from offramp.meter import Meter
+
+_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass
@@ -40,6 +43,8 @@ class HFBackbone:
         self.adapter = adapter
         self.shape = shape
         self.meter = Meter()
+        self.name, self.weights = "hf", _FORMATS.get(model.dtype, str(model.dtype)[6:])
+        self.build = f"torch {torch.__version__}, transformers {transformers.__version__}"
         self.fingerprint = fingerprint(model)
         self.batched = True  # the self-check turns it off where texts cannot share a call
         self.ragged = False
@@ -76,9 +81,7 @@ class HFBackbone:
             for layer in layers:
                 rows = self.adapter.call(layer, rows, group.prepared)
             done.append((group.members, rows))
-            self.meter.layer_passes += len(layers)
-        self.meter.layer_tokens += len(layers) * len(hidden)
-        self.meter.attended += len(layers) * sum(map(_attended, spans))
+            self.meter.ran(len(layers), [spans[i] for i in group.members])
         return _join(done)
 
     @torch.no_grad()
@@ -97,14 +100,12 @@ class HFBackbone:
                 with suppress(FilledError):
                     self.adapter.call(layer, rows, group.prepared)
                 store.only_fill = False
-            self.meter.fill_passes += len(layers)
-        self.meter.fill_rows += len(layers) * len(hidden)
+            self.meter.filled(len(layers), rows.shape[0] * rows.shape[1])
 
     @torch.no_grad()
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
         """Return logits ``[N, V]`` of states ``[N, D]``; every depth shares norm and head."""
-        self.meter.head_passes += 1
-        self.meter.head_rows += len(hidden)
+        self.meter.read(len(hidden))
         return self.adapter.readout(hidden)
 
     def _prepare(self, spans: Sequence[Span]) -> list[_Group]:
@@ -133,11 +134,6 @@ class HFBackbone:
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(rows, device=device)
         cache = group_cache([span.text.slot for span in spans], starts, rows)
         return self.adapter.prepare(ids, positions, padding_mask(starts, rows, device), cache)
-
-
-def _attended(span: Span) -> int:
-    """Return the keys this span's rows look at: position p sees p + 1."""
-    return (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
 
 
 def _join(parts: list[tuple[list[int], Tensor]]) -> Tensor:
