@@ -15,13 +15,14 @@ SOURCE = ROOT / "src" / "offramp"
 
 # Lower knows nothing of higher. Modules in one entry may import each other.
 ORDER = [
-    ("errors", "meter", "files"),
+    ("errors", "meter", "files", "machine"),
     ("batch",),
     ("backbone",),
     ("probe",),
     ("signals",),
     ("policy",),
     ("step",),
+    ("timing",),
     ("sample", "paths", "cost"),
     ("request",),
     ("decode",),

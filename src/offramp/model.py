@@ -20,6 +20,7 @@ from offramp.plan import ModelId, Plan, Run, execute
 from offramp.request import Finish, Request, Token, check_request
 from offramp.sample import Sampling
 from offramp.text import Detokenizer, Prompt, encode
+from offramp.timing import known
 
 BackboneName = Literal["auto", "fast", "hf"]
 
@@ -79,6 +80,7 @@ class Stream:
         self.outputs = [Output(prompt) for prompt in prompts]
         self._requests, self._watchers = requests, watchers
         self._backbone, self._batch_size = model.backbone, batch_size
+        self._constants = known(model.backbone)
         self._before = model.backbone.meter.copy()
         self._start = time.perf_counter()
         self._seconds = 0.0
@@ -119,6 +121,7 @@ class Stream:
                 ragged=self._backbone.ragged,
             ),
             shape=shape,
+            constants=self._constants,
         )
         return Result(self.outputs, figures)
 
