@@ -37,8 +37,8 @@ _TOGETHER = 4
 """Rows that look at the long text together."""
 _BUDGET = 8.0
 """Seconds that measuring should take; a slow backbone takes longer for one look at each point."""
-_FEWEST, _LEAST, _MOST = 12, 3, 15
-"""Points always timed (three numbers of rows); times each point is timed, where time allows."""
+_FEWEST, _TURNS = 12, 21
+"""Points always timed (three numbers of rows); looks at each point after the first."""
 _BYTES = 2**20
 """More than a file of constants could have."""
 
@@ -297,7 +297,11 @@ class _Inside:
 
 
 def _sampled(stand: _Stand, clock: Clock, told: Told) -> dict[_Point, list[float]]:
-    """Return the times of each point, warm-up apart where there are others."""
+    """Return the times of each point, warm-up apart where there are others.
+
+    No point may take more than its share of the budget, so a long one, which averages over more of
+    what else the machine does, is looked at less often.
+    """
     begin = clock()
     samples: dict[_Point, list[float]] = {}
     for point in stand.points():
@@ -305,11 +309,11 @@ def _sampled(stand: _Stand, clock: Clock, told: Told) -> dict[_Point, list[float
             break
         samples[point] = [stand.time(*point)]
     share = _BUDGET / len(samples)
-    for turn in range(_MOST):
+    for turn in range(1, _TURNS + 1):
         for point, times in samples.items():
-            if clock() - begin < _BUDGET and (len(times) <= _LEAST or sum(times[1:]) < share):
+            if clock() - begin < _BUDGET and sum(times[1:]) < share:
                 times.append(stand.time(*point))
-        told(max((turn + 1) / _MOST, min((clock() - begin) / _BUDGET, 1.0)))
+        told(max(turn / _TURNS, min((clock() - begin) / _BUDGET, 1.0)))
     return {point: times[1:] or times for point, times in samples.items()}
 
 

@@ -85,9 +85,10 @@ def _show(name: str, found: Inspection, every: int, console: Console) -> None:
         f"full depth, after exits and drains{', and in ragged batches' if found.batched else ''})."
     )
     console.print(
-        f"One full-vocabulary exit check costs {found.check_in_layers:.2f} layers; keys and values "
-        f"of one skipped layer cost {found.fill_in_layers:.3f}.\nChecking after every layer pays "
-        f"only for tokens that leave by depth {found.break_even_depth:.1f}."
+        f"By weights read, one full-vocabulary exit check costs {found.check_in_layers:.2f} "
+        f"layers; keys and values of one skipped layer cost {found.fill_in_layers:.3f}.\n"
+        "Checking after every layer pays only for tokens that leave by depth "
+        f"{found.break_even_depth:.1f}."
     )
     if found.timing is not None:
         console.print(_measured(found.timing))
