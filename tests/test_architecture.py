@@ -15,13 +15,14 @@ SOURCE = ROOT / "src" / "offramp"
 
 # Lower knows nothing of higher. Modules in one entry may import each other.
 ORDER = [
-    ("errors", "meter", "files", "heads"),
+    ("errors", "meter", "files", "heads", "machine"),
     ("batch", "probe"),
     ("backbone",),
     ("checks",),
     ("signals",),
     ("policy",),
     ("step",),
+    ("timing",),
     ("sample", "paths", "cost"),
     ("request",),
     ("decode",),

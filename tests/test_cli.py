@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import offramp
 from offramp import cli
+from offramp.timing import Constants
 from offramp.trace import load_trace
 
 
@@ -57,13 +58,15 @@ def shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     return Shell(capsys, monkeypatch)
 
 
-SHARED = {"model", "plan", "seed", "versions", "machine"}
+SHARED = {"model", "plan", "seed", "backbone", "weights", "versions", "machine"}
 COST = {"tokens", "layer_passes", "layer_tokens", "head_rows", "fill_rows", "flops_ratio"} | {
     "bytes_ratio",
     "seconds",
     "tokens_per_second",
     "mean_depth",
     "depth_histogram",
+    "predicted_seconds",
+    "predicted_ratio",
 }
 
 
@@ -152,6 +155,51 @@ def test_inspect_gives_a_verdict(shell: Shell, checkpoint: Path) -> None:
     assert "Verdict:" in out
     assert [row["check"] for row in record["checks"]] == ["full"]  # nothing is cheaper here
     assert record["verdict"].split(":")[0] in out
+
+
+def test_inspect_judges_by_time_and_generate_predicts_from_then_on(
+    shell: Shell, checkpoint: Path, own_timings: Path
+) -> None:
+    """``generate`` measures nothing itself; what ``inspect`` measured it finds, per backbone."""
+    base = ["generate", checkpoint, "--prompt", "hi", "--max-new-tokens", 4, "--backbone"]
+    assert shell.json(*base, "hf")["predicted_seconds"] is None
+    assert not list(own_timings.iterdir())
+    inspect = ["inspect", checkpoint, "--prompt", "hi", "--max-new-tokens", 4]
+    record = shell.json(*inspect, "--backbone", "hf")
+    assert record["timing"].keys() >= {
+        "layer_microseconds",
+        "head_microseconds",
+        "key_microseconds",
+    }
+    assert (record["backbone"], record["weights"]) == ("hf", "fp32")
+    assert " the time" in record["verdict"]
+    assert len(list(own_timings.iterdir())) == 1
+    assert shell.json(*inspect, "--backbone", "hf")["timing"] == record["timing"]  # not again
+    known = shell.json(*base, "hf")
+    assert known["predicted_seconds"] > 0
+    assert known["predicted_ratio"] == 1
+    assert shell.json(*base, "hf", "--exit", 2)["predicted_ratio"] < 1
+    assert shell.json(*base, "fast", "--weights", "int8")["predicted_seconds"] is None
+    assert "seconds predicted" in shell(*base, "hf")[2]
+    assert "Measured here" in shell(*inspect, "--backbone", "hf")[1]
+
+
+@pytest.mark.parametrize(("head", "words"), [(1e-6, ""), (1.0, "cannot pay for itself")])
+def test_a_plan_that_cannot_pay_draws_one_line(
+    shell: Shell, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, head: float, words: str
+) -> None:
+    """On stderr, and only where times are known; every draft costs a head that takes a second."""
+    base = ["generate", checkpoint, "--prompt", "hi", "--max-new-tokens", 4, "--json"]
+    draft = [*base, "--draft", 5]
+    assert shell(*draft)[2] == ""
+    layer = ((1, 1e-3), (8, 1.1e-3))
+    known = Constants(layer=layer, pair=0, key=0, head=((1, head),), fill=layer, step=0)
+    monkeypatch.setattr("offramp.timing.known", lambda _backbone: known)
+    assert shell(*base)[::2] == (0, "")
+    status, _, err = shell(*draft)
+    assert status == 0
+    assert words in err
+    assert err.count("\n") == bool(words)
 
 
 def test_trace_records_and_replays(shell: Shell, checkpoint: Path, tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ class Counting:
         self, shape: Shape, token: Callable[[int], int] = lambda _depth: 0, *, batched: bool = True
     ) -> None:
         self.shape, self.meter, self.fingerprint = shape, Meter(), ""
+        self.name, self.weights, self.build = "counting", "none", ""
         self.token, self.batched, self.ragged = token, batched, False
 
     def open(self) -> object:
@@ -107,11 +108,14 @@ class Counting:
 
     def run(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> Tensor:
         """Count: texts with equally many rows share a pass; position p looks at p + 1 keys."""
-        passes = len({len(span) for span in spans}) if self.batched else len(spans)
+        lengths = [len(span) for span in spans]
+        together = [n * lengths.count(n) for n in set(lengths)] if self.batched else lengths
         for _ in layers:
-            self.meter.layer_passes += passes
+            self.meter.layer_passes += len(together)
             self.meter.layer_tokens += len(hidden)
             self.meter.attended += sum(p + 1 for s in spans for p in range(s.start, s.stop))
+            self.meter.tally.layers.update(together)
+            self.meter.tally.keys += sum(span.stop for span in spans)
         return hidden
 
     def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:
@@ -122,6 +126,7 @@ class Counting:
         """Count, and return logits of this depth's one token."""
         self.meter.head_passes += 1
         self.meter.head_rows += len(hidden)
+        self.meter.tally.heads[len(hidden)] += 1
         logits = torch.zeros(len(hidden), 2)
         logits[:, self.token(depth)] = 1
         return logits
@@ -261,7 +266,8 @@ def test_rows_are_operations_and_passes_are_bytes(shape: Shape, count: int, chec
     }
     assert set(prices) == set(Meter().as_dict())
     for name, (operations, weights) in prices.items():
-        work = Meter(**{name: count})
+        work = Meter()
+        setattr(work, name, count)
         size = shape.head_bytes_per_weight if name == "head_passes" else shape.bytes_per_weight
         expected = (count * operations, count * weights * size)
         assert expected == (flops(work, shape, check), weight_bytes(work, shape, check))
@@ -424,6 +430,7 @@ def test_figures_have_the_shared_names() -> None:
     shared = {
         *("tokens", "layer_passes", "layer_tokens", "head_rows", "fill_rows", "flops_ratio"),
         *("bytes_ratio", "seconds", "tokens_per_second", "mean_depth", "depth_histogram"),
+        *("predicted_seconds", "predicted_ratio"),
     }
     counters = {"drafted", "accepted", "head_passes", "fill_passes", "attended"}
     counters |= {"check_passes", "check_rows"}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from offramp.backbone import Backbone
 from offramp.decode import decode
 from offramp.errors import UsageError
+from offramp.meter import Meter
 from offramp.request import Pool, Request, Token, Writer, check_request
 
 CONTEXT = 12
@@ -25,6 +26,7 @@ class Slots:
 
     def __init__(self) -> None:
         self.shape = SimpleNamespace(context=CONTEXT, num_layers=2)
+        self.meter = Meter()
         self.opened: list[object] = []
         self.closed: list[object] = []
         self.most = 0

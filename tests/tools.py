@@ -148,6 +148,17 @@ class Rows:
         self.by_layer: dict[str, Counter[int]] = defaultdict(Counter)
         self.head = 0
         self.check = 0
+        self.calls: dict[str, Counter[int]] = defaultdict(Counter)
+        """How many calls had so many rows, by kind; of the layers together."""
+
+    def add(self, kind: str, layer: int, rows: int) -> None:
+        self.calls[kind][rows] += 1
+        if kind == "head":
+            self.head += rows
+        elif kind == "check":
+            self.check += rows
+        else:
+            self.by_layer[kind][layer] += rows
 
     def total(self, kind: str) -> int:
         return sum(self.by_layer[kind].values())
@@ -158,11 +169,8 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
     """Count real rows, by hooks or by the kernels, and hold law 6: the meter is the work."""
     rows, before = Rows(), backbone.meter.copy()
     if isinstance(backbone, FastBackbone):
-        earlier = backbone.multiplied()
-        try:
+        with _watched(backbone, rows):
             yield rows
-        finally:
-            _subtract(backbone.multiplied(), earlier, rows)
     else:
         hooks = list(_hooks(backbone, rows))
         try:
@@ -177,17 +185,56 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
         assert rows.total("mlp") == work.layer_tokens
     assert rows.head == work.head_rows
     assert rows.check == work.check_rows
+    assert rows.calls["key"] == work.tally.layers + work.tally.fills
+    assert rows.calls["output"] == work.tally.layers
+    assert rows.calls["head"] == work.tally.heads
+    assert rows.calls["check"] == work.tally.checks
+    assert_sums(work)
+
+
+def assert_sums(work: Meter) -> None:
+    """The tallies by rows add up to the totals."""
+    tally = work.tally
+    for passes, rows, by_rows in (
+        (work.layer_passes, work.layer_tokens, tally.layers),
+        (work.head_passes, work.head_rows, tally.heads),
+        (work.fill_passes, work.fill_rows, tally.fills),
+        (work.check_passes, work.check_rows, tally.checks),
+    ):
+        assert passes == by_rows.total()
+        assert rows == sum(count * size for size, count in by_rows.items())
+
+
+@contextmanager
+def _watched(backbone: FastBackbone, rows: Rows) -> Iterator[None]:
+    """Ask the kernels after every call what it multiplied."""
+
+    def watch(name: str) -> None:
+        inner = getattr(backbone, name)
+
+        def call(*args: Any) -> Any:
+            earlier = backbone.multiplied()
+            result = inner(*args)
+            _subtract(backbone.multiplied(), earlier, rows)
+            return result
+
+        setattr(backbone, name, call)
+
+    names = ("run", "fill", "_read")
+    try:
+        for name in names:
+            watch(name)
+        yield
+    finally:
+        for name in names:
+            backbone.__dict__.pop(name, None)
 
 
 def _subtract(later: list[dict[str, int]], earlier: list[dict[str, int]], rows: Rows) -> None:
     for index, (now, then) in enumerate(zip(later, earlier, strict=True)):
         for kind, count in now.items():
-            if kind == "head":
-                rows.head += count - then[kind]
-            elif kind == "check":
-                rows.check += count - then[kind]
-            elif count > then[kind]:
-                rows.by_layer[kind][index] += count - then[kind]
+            if count > then[kind]:
+                rows.add(kind, index, count - then[kind])
 
 
 def _hooks(backbone: HFBackbone, rows: Rows) -> Iterator[Any]:
@@ -198,15 +245,15 @@ def _hooks(backbone: HFBackbone, rows: Rows) -> Iterator[Any]:
                 def count(
                     _m: nn.Module, args: tuple[Tensor, ...], kind: str = kind, index: int = index
                 ) -> None:
-                    rows.by_layer[kind][index] += args[0][..., 0].numel()
+                    rows.add(kind, index, args[0][..., 0].numel())
 
                 yield module.register_forward_pre_hook(count)
 
     def head(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows.head += args[0][..., 0].numel()
+        rows.add("head", 0, args[0][..., 0].numel())
 
     def check(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows.check += args[0][..., 0].numel()
+        rows.add("check", 0, args[0][..., 0].numel())
 
     yield backbone.model.get_output_embeddings().register_forward_pre_hook(head)
     for cheap in backbone.cheap.values():  # those made inside a count would be missed: make first

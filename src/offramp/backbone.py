@@ -45,6 +45,12 @@ class Backbone(Protocol):
 
     shape: Shape
     meter: Meter
+    name: str
+    """What kind it is, as the command line names it: "fast" or "hf"."""
+    weights: str
+    """How it holds its weights: "fp32", "bf16", "int8", "int4"."""
+    build: str
+    """Which code it runs by: a change of it may change the time a layer takes."""
     batched: bool
     """Whether several texts share a call; else they run one by one."""
     ragged: bool

@@ -20,6 +20,7 @@ from offramp.plan import ModelId, Plan, check_of, execute
 from offramp.request import Finish, Request, Token, check_request
 from offramp.sample import Sampling
 from offramp.text import Detokenizer, Prompt, encode
+from offramp.timing import known
 
 BackboneName = Literal["auto", "fast", "hf"]
 
@@ -80,6 +81,7 @@ class Stream:
         self._requests, self._watchers = requests, watchers
         self._backbone, self._batch_size = model.backbone, batch_size
         self._check_weights = check_of(plan).weights(model.backbone.shape)
+        self._constants = known(model.backbone)
         self._before = model.backbone.meter.copy()
         self._start = time.perf_counter()
         self._seconds = 0.0
@@ -121,6 +123,7 @@ class Stream:
             ),
             shape=shape,
             check_weights=self._check_weights,
+            constants=self._constants,
         )
         return Result(self.outputs, figures)
 

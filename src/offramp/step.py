@@ -5,7 +5,8 @@ Knows no tokens, sampling or text; whatever decodes calls this and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,7 @@ class Outcome:
     """Layers that chose each text's last row."""
 
 
+@torch.no_grad()
 def step(
     backbone: Backbone,
     texts: Sequence[Text],
@@ -63,9 +65,51 @@ def step(
     Whatever is raised on the way, Ctrl-C included, leaves every text as it was before the step:
     the caller may drop one and go on with the others.
     """
+    with _all_or_nothing(backbone, texts):
+        path = range(backbone.shape.num_layers) if layers is None else layers
+        spans = tuple(Span(text, text.done, len(text.ids)) for text in texts)
+        flow = Flow(backbone.embed(spans), spans, tuple(range(len(texts))))
+        for text in texts:
+            text.done = len(text.ids)
+        backbone.meter.tally.steps += 1
+        counts = [1] * len(texts) if tails is None else list(tails)
+        chosen: list[tuple[tuple[int, ...], Probe]] = []  # who left, and what they looked like
+        probe: Probe | None = None
+        for start, stop in _segments(path, policy.exits, texts):
+            flow = flow.drain(path[start])
+            flow = Flow(
+                backbone.run(path[start:stop], flow.hidden, flow.spans), flow.spans, flow.members
+            )
+            if stop == len(path):
+                break
+            asking = [i for i, m in enumerate(flow.members) if stay is None or not stay[m]]
+            if not asking or stop not in policy.exits:
+                continue
+            asked = flow.select(asking)
+            rows = asked.tails([1] * len(asking))
+            probe = Probe(stop, len(path), rows, backbone.readout, previous=probe, look=look)
+            leaving, staying = _split(policy.leave(probe))
+            if leaving:
+                gone = asked.select(leaving)
+                chosen.append((gone.members, _choice(backbone, probe.take(leaving), gone, detour)))
+                _leave(backbone, gone, path[stop:], kv)
+                left = set(gone.members)
+                flow = flow.select(i for i, member in enumerate(flow.members) if member not in left)
+                probe = probe.take(staying)
+            if not flow.spans:
+                break
+        if flow.spans:
+            rows = flow.tails([counts[member] for member in flow.members])
+            chosen.append((flow.members, Probe(len(path), len(path), rows, backbone.readout)))
+        return _collect(chosen, counts)
+
+
+@contextmanager
+def _all_or_nothing(backbone: Backbone, texts: Sequence[Text]) -> Iterator[None]:
+    """Put every text back, whatever is raised: its tokens, its queues, its keys and values."""
     kept = [(text.done, dict(text.waiting)) for text in texts]
     try:
-        return _step(backbone, texts, policy, layers, kv, stay, tails, detour)
+        yield
     except BaseException:
         for text, (done, waiting) in zip(texts, kept, strict=True):
             text.done, text.waiting = done, waiting
@@ -80,54 +124,6 @@ def _rewind(backbone: Backbone, text: Text) -> None:
     for layer in sorted(text.waiting):
         length -= len(text.waiting[layer])
         backbone.trim(text.slot, length, first_layer=layer)
-
-
-@torch.no_grad()
-def _step(
-    backbone: Backbone,
-    texts: Sequence[Text],
-    policy: Policy,
-    layers: Sequence[int] | None,
-    kv: KV,
-    stay: Sequence[bool] | None,
-    tails: Sequence[int] | None,
-    detour: Sequence[int],
-) -> Outcome:
-    path = range(backbone.shape.num_layers) if layers is None else layers
-    spans = tuple(Span(text, text.done, len(text.ids)) for text in texts)
-    flow = Flow(backbone.embed(spans), spans, tuple(range(len(texts))))
-    for text in texts:
-        text.done = len(text.ids)
-    counts = [1] * len(texts) if tails is None else list(tails)
-    chosen: list[tuple[tuple[int, ...], Probe]] = []  # who left, and what they looked like
-    probe: Probe | None = None
-    for start, stop in _segments(path, policy.exits, texts):
-        flow = flow.drain(path[start])
-        flow = Flow(
-            backbone.run(path[start:stop], flow.hidden, flow.spans), flow.spans, flow.members
-        )
-        if stop == len(path):
-            break
-        asking = [i for i, m in enumerate(flow.members) if stay is None or not stay[m]]
-        if not asking or stop not in policy.exits:
-            continue
-        asked = flow.select(asking)
-        rows = asked.tails([1] * len(asking))
-        probe = Probe(stop, len(path), rows, backbone.readout, previous=probe, look=look)
-        leaving, staying = _split(policy.leave(probe))
-        if leaving:
-            gone = asked.select(leaving)
-            chosen.append((gone.members, _choice(backbone, probe.take(leaving), gone, detour)))
-            _leave(backbone, gone, path[stop:], kv)
-            left = set(gone.members)
-            flow = flow.select(i for i, member in enumerate(flow.members) if member not in left)
-            probe = probe.take(staying)
-        if not flow.spans:
-            break
-    if flow.spans:
-        rows = flow.tails([counts[member] for member in flow.members])
-        chosen.append((flow.members, Probe(len(path), len(path), rows, backbone.readout)))
-    return _collect(chosen, counts)
 
 
 def _segments(

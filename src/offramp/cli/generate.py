@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +14,9 @@ from offramp.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from offramp.backbone import Backbone
     from offramp.model import Result, Stream
+    from offramp.plan import Run
 
 
 def generate(
@@ -50,7 +53,9 @@ def generate(
 ) -> None:
     """Generate text, each token only as deep as the plan says.
 
-    Without a plan every token runs every layer. Tokens are coloured by depth on a terminal.
+    Without a plan every token runs every layer. Tokens are coloured by depth on a terminal. Where
+    'offramp inspect' has measured this machine, the predicted time stands beside the real one, and
+    a plan that cannot pay for itself draws a warning.
 
     [bold]offramp generate --prompt "Why is the sky blue?" --draft 24 --draft-tokens 2[/bold]
     """
@@ -90,6 +95,7 @@ def generate(
         raw=raw,
         batch_size=batch_size,
     )
+    _warn(chosen.run, loaded.backbone)
     depth = loaded.backbone.shape.num_layers
     console = Console(soft_wrap=True, highlight=False, quiet=json)
     result = _show(stream, depth, console)
@@ -100,11 +106,30 @@ def generate(
         "model": loaded.name,
         "plan": chosen.model_dump(mode="json"),
         "seed": seed,
+        "backbone": loaded.backbone.name,
+        "weights": loaded.backbone.weights,
         **environment(),
         **figures,
         "outputs": [dataclasses.asdict(output) for output in result.outputs],
     }
     finish(record, as_json=json, out=out)
+
+
+def _warn(run: Run, backbone: Backbone) -> None:
+    """Say on stderr that a plan cannot pay for itself here; only where times are known already."""
+    from offramp.inspection import at_best
+    from offramp.timing import known
+
+    constants = known(backbone)
+    if constants is None:
+        return
+    best = at_best(run, backbone.shape, constants)
+    if best > 1:
+        print(
+            "offramp: this plan cannot pay for itself here: if every guess were right, it would "
+            f"take {best:.0%} of the time of plain decoding",
+            file=sys.stderr,
+        )
 
 
 def _show(stream: Stream, depth: int, console: Console) -> Result:

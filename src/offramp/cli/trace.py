@@ -103,6 +103,8 @@ def trace(
         "model": loaded.name,
         "plan": chosen.model_dump(mode="json"),
         "seed": None,
+        "backbone": loaded.backbone.name,
+        "weights": loaded.backbone.weights,
         **environment(),
         "tokens": len(recorded.chosen),
         "rows": rows,

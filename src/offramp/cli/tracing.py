@@ -1,4 +1,4 @@
-"""From prompts to a trace, a progress bar for each half; for ``inspect`` and ``trace``."""
+"""From prompts to a trace, and times, each under a progress bar; for ``inspect`` and ``trace``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from offramp.checks import Check
     from offramp.model import Model
     from offramp.text import Prompt
+    from offramp.timing import Constants
     from offramp.trace import Trace
 
 Texts = list[tuple[list[int], int]]
@@ -55,3 +56,13 @@ def traced(
 
     with tqdm(texts, desc="trace", unit="text", leave=False) as bar:
         return record(model.backbone, bar, exits, keep_hidden=keep_hidden, check=check or FULL_HEAD)
+
+
+def timed(model: Model) -> Constants:
+    """Return what this machine was measured to take, now or earlier."""
+    from tqdm import tqdm
+
+    from offramp.timing import constants
+
+    with tqdm(total=100, desc="timing", unit="%", leave=False) as bar:
+        return constants(model.backbone, lambda share: bar.update(round(100 * share) - bar.n))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offramp.backbone import Shape
 from offramp.batch import Span
-from offramp.fast.build import kernels
+from offramp.fast.build import kernels, version
 from offramp.fast.heads import CheapHead, low_rank_head, shortlist_head
 from offramp.fast.layout import FP32, INT8, MatrixStruct, RowsStruct, TextStruct
 from offramp.fast.pack import Format
@@ -48,7 +48,9 @@ class FastBackbone:
         self.meter = Meter()
         self.fingerprint = fingerprint
         self.batched = self.ragged = True
-        self.weights = weights
+        self.name, self.build = "fast", version()
+        self.weights: str = weights
+        self._format: Format = weights
         self._taken, self._rotary = taken, rotary
         self._embedding, self._embedding_scale = model.get_input_embeddings(), embedding_scale
         self._library = kernels()
@@ -81,9 +83,7 @@ class FastBackbone:
         """Run ``hidden [N, D]`` through ``layers`` in order, appending keys and values."""
         rows = hidden.clone(memory_format=torch.contiguous_format)  # changed in place
         self._call(self._library.offramp_run, layers, rows, spans)
-        self.meter.layer_passes += len(layers)
-        self.meter.layer_tokens += len(layers) * len(rows)
-        self.meter.attended += len(layers) * sum(map(_attended, spans))
+        self.meter.ran(len(layers), spans)
         return rows
 
     def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:
@@ -92,13 +92,11 @@ class FastBackbone:
         Only the norm and the key and value projections run.
         """
         self._call(self._library.offramp_fill, layers, hidden.contiguous(), spans)
-        self.meter.fill_passes += len(layers)
-        self.meter.fill_rows += len(layers) * len(hidden)
+        self.meter.filled(len(layers), len(hidden))
 
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
         """Return logits ``[N, V]`` of states ``[N, D]``; every depth shares norm and head."""
-        self.meter.head_passes += 1
-        self.meter.head_rows += len(hidden)
+        self.meter.read(len(hidden))
         return self._read(None, self._taken.struct.head, self.shape.head_weights, hidden)
 
     def shortlist(self, tokens: Tensor) -> Readout:
@@ -106,20 +104,19 @@ class FastBackbone:
         key = tuple(tokens.tolist())
         if key not in self._cheap:
             head = self.model.get_output_embeddings()
-            self._cheap[key] = shortlist_head(head, tokens, self.weights)
+            self._cheap[key] = shortlist_head(head, tokens, self._format)
         return self._reading(self._cheap[key])
 
     def low_rank(self, rank: int) -> Readout:
         """Return a readout by the head's best approximation of this rank: logits ``[N, V]``."""
         if rank not in self._cheap:
             head = self.model.get_output_embeddings()
-            self._cheap[rank] = low_rank_head(head, self._taken.gains, rank, self.weights)
+            self._cheap[rank] = low_rank_head(head, self._taken.gains, rank, self._format)
         return self._reading(self._cheap[rank])
 
     def _reading(self, cheap: CheapHead) -> Readout:
         def readout(hidden: Tensor, _depth: int) -> Tensor:
-            self.meter.check_passes += 1
-            self.meter.check_rows += len(hidden)
+            self.meter.checked(len(hidden))
             return self._read(cheap.down, cheap.head, cheap.weights, hidden)
 
         return readout
@@ -206,11 +203,6 @@ def _rows(spans: Sequence[Span]) -> RowsStruct:
     return RowsStruct(
         ctypes.cast(texts, whole), ctypes.cast(text, numbers), ctypes.cast(position, numbers), count
     )
-
-
-def _attended(span: Span) -> int:
-    """Return the keys this span's rows look at: position p sees p + 1."""
-    return (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
 
 
 def _threads(products: int) -> int:

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,6 +26,8 @@ from offramp.hf.cache import FilledError, LayerStore, Slot, group_cache, padding
 from offramp.hf.heads import HeadPlace
 from offramp.meter import Meter
 from offramp.probe import Readout
+
+_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass
@@ -43,6 +46,8 @@ class HFBackbone:
         self.adapter = adapter
         self.shape = shape
         self.meter = Meter()
+        self.name, self.weights = "hf", _FORMATS.get(model.dtype, str(model.dtype)[6:])
+        self.build = f"torch {torch.__version__}, transformers {transformers.__version__}"
         self.fingerprint = fingerprint(model)
         self.batched = True  # the self-check turns it off where texts cannot share a call
         self.ragged = False
@@ -81,9 +86,7 @@ class HFBackbone:
             for layer in layers:
                 rows = self.adapter.call(layer, rows, group.prepared)
             done.append((group.members, rows))
-            self.meter.layer_passes += len(layers)
-        self.meter.layer_tokens += len(layers) * len(hidden)
-        self.meter.attended += len(layers) * sum(map(_attended, spans))
+            self.meter.ran(len(layers), [spans[i] for i in group.members])
         return _join(done)
 
     @torch.no_grad()
@@ -102,14 +105,12 @@ class HFBackbone:
                 with suppress(FilledError):
                     self.adapter.call(layer, rows, group.prepared)
                 store.only_fill = False
-            self.meter.fill_passes += len(layers)
-        self.meter.fill_rows += len(layers) * len(hidden)
+            self.meter.filled(len(layers), rows.shape[0] * rows.shape[1])
 
     @torch.no_grad()
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
         """Return logits ``[N, V]`` of states ``[N, D]``; every depth shares norm and head."""
-        self.meter.head_passes += 1
-        self.meter.head_rows += len(hidden)
+        self.meter.read(len(hidden))
         return self.adapter.readout(hidden)
 
     @torch.no_grad()
@@ -142,8 +143,7 @@ class HFBackbone:
     def _reading(self, head: nn.Module) -> Readout:
         @torch.no_grad()
         def readout(hidden: Tensor, _depth: int) -> Tensor:
-            self.meter.check_passes += 1
-            self.meter.check_rows += len(hidden)
+            self.meter.checked(len(hidden))
             return self._place.readout(head, hidden)
 
         return readout
@@ -174,11 +174,6 @@ class HFBackbone:
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(rows, device=device)
         cache = group_cache([span.text.slot for span in spans], starts, rows)
         return self.adapter.prepare(ids, positions, padding_mask(starts, rows, device), cache)
-
-
-def _attended(span: Span) -> int:
-    """Return the keys this span's rows look at: position p sees p + 1."""
-    return (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
 
 
 def _join(parts: list[tuple[list[int], Tensor]]) -> Tensor:
