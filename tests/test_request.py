@@ -68,6 +68,9 @@ class Running(Slots):
         self.worked += 1
         return torch.zeros(sum(map(len, spans)), 1)
 
+    def trim(self, _slot: object, _length: int, *, first_layer: int = 0) -> None:
+        """Forget nothing: there are no keys."""
+
     def run(self, _layers: Any, hidden: torch.Tensor, _spans: Any) -> torch.Tensor:
         """Change nothing."""
         return hidden

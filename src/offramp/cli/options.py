@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -217,3 +218,20 @@ def parse_depths(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(f"--exits {text!r}: write depths with commas, e.g. 6,12,18") from error
+
+
+def parse_counts(option: str, text: str) -> list[int]:
+    """Return the numbers of a list such as ``1,4,16``, each 1 or more and once."""
+    parts = text.split(",")
+    counts = [int(part) for part in parts if part.strip().isdecimal()]
+    if len(counts) < len(parts) or min(counts) < 1 or len(set(counts)) < len(counts):
+        raise UsageError(f"{option} {text!r}: write different numbers with commas, e.g. 1,4,16")
+    return counts
+
+
+def parse_choices(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """Return the words of a list such as ``int4,int8``, each known and once."""
+    words = text.split(",")
+    if not set(words) <= set(known) or len(set(words)) < len(words):
+        raise UsageError(f"{option} {text!r}: write different words of {', '.join(known)}")
+    return words
