@@ -21,6 +21,7 @@ from offramp.bench.worker import ENGINES, Watch, run
 from offramp.cost import weight_bytes
 from offramp.fast.build import UnavailableError
 from offramp.meter import Meter
+from offramp.timing import Constants
 from tests.test_cli import SHARED, Shell
 
 CASE = Case([[1, 2, 3, 4], [5, 6, 7, 8]], 3)
@@ -118,6 +119,12 @@ def test_medians_quartiles_and_shares() -> None:
     assert spread([3.0]) == (3.0, (3.0, 3.0))
 
 
+ONE_EACH = Constants(
+    layer=((1, 1.0),), pair=0.0, key=0.0, head=((1, 1.0),), fill=((1, 1.0),), step=0.0
+)
+"""A second for each row of a layer or a head."""
+
+
 def test_every_altered_token_is_counted() -> None:
     """Against ours at full depth of the same weights, else against generate; the worst round."""
     altered = [[1, 9, 3], [4, 5, 9]]
@@ -145,7 +152,7 @@ def test_our_turns_are_timed_and_counted_apart(tiny: offramp.Model) -> None:
     case = own.make_case(tiny.tokenizer, 2, 20, 6)
     assert [len(prompt) for prompt in case.prompts] == [20, 20]
     assert case.prompts[0] != case.prompts[1]
-    sample = own.take_turn(tiny.backbone, offramp.Full(), case)
+    sample = own.take_turn(tiny.backbone, offramp.Plan(), ONE_EACH, case)
     text = tiny.tokenizer.decode(case.prompts[1])
     options = {"max_new_tokens": 6, "raw": True}
     assert sample.outputs[1] == tiny.generate(text, **options).outputs[0].token_ids
@@ -154,6 +161,7 @@ def test_our_turns_are_timed_and_counted_apart(tiny: offramp.Model) -> None:
     keys = 2 * 6 * sum(range(21, 26)) * 2 * 16 * 4  # texts, layers, positions, k and v, fp32
     assert sample.decode_bytes == weight_bytes(work, shape) + keys
     assert sample.decoded == 10
+    assert sample.predicted == 5 * (6 * 2 + 2)  # steps of two rows: layers and a head
 
 
 ENGINE = """
@@ -217,7 +225,7 @@ def test_a_peer_is_timed_dead_or_missing_but_never_absent(
     )
     full, llama, dead, missing = record["rows"]
     case = own.make_case(tiny.tokenizer, 1, 12, 4)
-    [text] = own.take_turn(tiny.backbone, offramp.Full(), case).outputs
+    [text] = own.take_turn(tiny.backbone, offramp.Plan(), ONE_EACH, case).outputs
     assert llama["mismatches"] == sum(token != 0 for token in text) > 0
     assert llama["reference"] == full["name"] == "fast fp32 full"
     assert llama["decode_tokens_per_second"] == 3
@@ -273,7 +281,7 @@ def test_generate_is_a_contestant(shell: Shell, checkpoint: Path) -> None:
         *("bench", checkpoint, *SMALL, "--batch-size", "1,2", "--backbone", "fast,hf"),
         *("--exit", 2, "--draft", 3, "--against", "hf,hf-early-exit"),
     )
-    assert record.keys() >= SHARED | {"rows"}
+    assert record.keys() >= SHARED - {"backbone", "weights"} | {"rows"}  # those are of each row
     assert record["machine"].keys() >= {"memory_gb_per_second", "fp32_gflops", "threads"}
     assert len(record["plan"]) == 3
     table = {(row["batch"], row["name"]): row for row in record["rows"]}
@@ -289,7 +297,7 @@ def test_generate_is_a_contestant(shell: Shell, checkpoint: Path) -> None:
         assert (row["mismatches"] == 0) is row["lossless"]
     for kind in ("fast", "hf"):
         assert table[1, f"{kind} fp32 full"]["predicted_ratio"] == 1
-        assert 2 < table[1, f"{kind} fp32 first 2"]["predicted_ratio"] < 3
+        assert table[1, f"{kind} fp32 first 2"]["predicted_ratio"] > 1  # in measured seconds
         assert table[1, f"{kind} fp32 first 2"]["full"] == f"{kind} fp32 full"
 
 

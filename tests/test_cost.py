@@ -55,6 +55,7 @@ def shaped(
         fill_weights=kv,
         attention_size=heads * size,
         bytes_per_weight=2,
+        kv_bytes=4,
         head_bytes_per_weight=2,
     )
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offramp.backbone import Backbone
-from offramp.checks import FullHead, GateFile, LowRank, Shortlist
+from offramp.checks import FULL_HEAD, FullHead, GateFile, LowRank, Shortlist
 from offramp.errors import OfframpError, UsageError
 from offramp.plan import Exit, Full, ModelId, Path, Plan, Run, Speculate, read_plan, write_plan
 from offramp.signals import registry
@@ -50,7 +50,11 @@ runs: dict[str, st.SearchStrategy[Any]] = {
     "speculate": st.builds(
         Speculate, draft=paths, tokens=st.integers(-9, 99), min_confidence=numbers
     ),
-    "path": st.builds(Path, layers=paths),
+    "path": st.builds(
+        Path,
+        layers=paths,
+        head=st.just(FULL_HEAD) | st.builds(Shortlist, size=st.integers(2, 2**31 - 1)),
+    ),
 }
 model_ids = st.builds(ModelId, name=names, num_layers=st.integers(), fingerprint=names)
 
@@ -74,7 +78,7 @@ def example(kind: str) -> dict[str, Any]:
             "check": {"kind": "shortlist", "size": 7},
         },
         "speculate": {"draft": [0, 1, 3], "tokens": 2, "min_confidence": 0.25},
-        "path": {"layers": [0, 2, 5]},
+        "path": {"layers": [0, 2, 5], "head": {"kind": "shortlist", "size": 9}},
     }
     model = {"name": "tiny", "num_layers": LAYERS, "fingerprint": "this one"}
     return {"format": 1, "model": model, "run": {"kind": kind, **run[kind]}}
@@ -92,7 +96,7 @@ def named(kind: str, keys: Keys) -> str:
     """How a message names these keys."""
     first, *others = keys
     inner = [kind] if first == "run" and others else []
-    if others[:1] == ["check"] and others[1:]:
+    if others[:1] in (["check"], ["head"]) and others[1:]:
         others.insert(1, "shortlist")  # as in the example
     return ".".join(map(str, [first, *inner, *others]))
 
@@ -206,6 +210,8 @@ def test_an_unknown_key_is_named(tmp_path: FilePath, kind: str, keys: Keys) -> N
         ("speculate", ["run", "min_confidence"], ["0.5", None, True, math.nan, math.inf]),
         ("path", ["run", "layers"], [None, 2, "01"]),
         ("path", ["run", "layers", 0], ["0", 0.5, None, False, math.nan]),
+        ("path", ["run", "head"], [None, "full", {}, {"kind": "low_rank", "rank": 2}]),
+        ("path", ["run", "head", "size"], [1, -3, 2**31, 7.0, "7", None, True, math.nan]),
     ],
 )
 def test_a_wrong_value_is_named(

@@ -45,6 +45,7 @@ SHAPE = Shape(
     fill_weights=1,
     attention_size=1,
     bytes_per_weight=1,
+    kv_bytes=4,
     head_bytes_per_weight=1,
 )
 

@@ -33,6 +33,8 @@ class Shape:
     attention_size: int
     """Query heads times head size: context cost per key is 4 x this many operations."""
     bytes_per_weight: float
+    kv_bytes: float
+    """Bytes of one stored coordinate of a key or value, steps included."""
     head_bytes_per_weight: float
     """The vocabulary head may be held more precisely than the layers."""
 

@@ -6,10 +6,13 @@ head, which runs once for it then (and was the check itself where the check is f
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from offramp.backbone import Backbone, Shape
 from offramp.errors import UsageError
@@ -43,6 +46,10 @@ class FullHead(Record):
         """Return None: the check sees what chooses the token."""
         return None
 
+    def choose(self, backbone: Backbone, always: Iterable[int]) -> Readout | None:
+        """Return None: the backbone's own readout."""
+        return None
+
 
 class Shortlist(Record):
     """Logits of the first ``size`` vocabulary entries only.
@@ -71,6 +78,22 @@ class Shortlist(Record):
     def look(self, backbone: Backbone) -> Readout | None:
         """Return the readout of these entries."""
         return backbone.shortlist(torch.arange(self.size))
+
+    def choose(self, backbone: Backbone, always: Iterable[int]) -> Readout | None:
+        """Return a readout to choose tokens by: these entries, and those that must be possible."""
+        extra = sorted({token for token in always if token >= self.size})
+        short = backbone.shortlist(torch.tensor([*range(self.size), *extra]))
+        if not extra:
+            return short
+
+        def readout(hidden: Tensor, depth: int) -> Tensor:
+            found = short(hidden, depth)
+            logits = found.new_full((len(found), extra[-1] + 1), -math.inf)
+            logits[:, : self.size] = found[:, : self.size]
+            logits[:, extra] = found[:, self.size :]
+            return logits
+
+        return readout
 
 
 class LowRank(Record):
@@ -122,6 +145,8 @@ class GateFile(Record):
 
 
 Check = FullHead | Shortlist | LowRank | GateFile
+Head = FullHead | Shortlist
+"""What may choose tokens."""
 
 FULL_HEAD = FullHead()
 
@@ -145,3 +170,17 @@ def parse_check(text: str) -> Check:
     raise UsageError(
         f"--check {text!r}: write full, shortlist:SIZE (2 or more), low-rank:RANK or gate:FILE"
     )
+
+
+def parse_head(text: str) -> Head:
+    """Return the head that ``full`` or ``shortlist:SIZE`` names.
+
+    Raises:
+        UsageError: it names none.
+    """
+    kind, _, value = text.partition(":")
+    if text == "full":
+        return FULL_HEAD
+    if kind == "shortlist" and value.isascii() and value.isdigit() and 2 <= int(value[:10]) < _MOST:
+        return Shortlist(size=int(value[:10]))
+    raise UsageError(f"--head {text!r}: write full or shortlist:SIZE (2 or more)")

@@ -67,7 +67,7 @@ def seconds(
     fills = sum(n * constants.fill_seconds(rows) for rows, n in tally.fills.items())
     checks = sum(n * constants.head_seconds(rows) for rows, n in tally.checks.items())
     if shape is not None and check_weights:
-        checks *= cheap_check_in_layers(shape, check_weights) / check_in_layers(shape)
+        checks *= check_in_heads(shape, check_weights)
     return layers + attention + heads + checks + fills + constants.step * tally.steps
 
 
@@ -119,6 +119,11 @@ def check_in_layers(shape: Shape) -> float:
 def cheap_check_in_layers(shape: Shape, check_weights: int) -> float:
     """Return the same of a cheap check, held as precisely as the layers, of so many weights."""
     return check_weights / shape.layer_weights
+
+
+def check_in_heads(shape: Shape, check_weights: int) -> float:
+    """Return the bytes that a cheap check of so many weights reads, one readout = 1."""
+    return cheap_check_in_layers(shape, check_weights) / check_in_layers(shape)
 
 
 def fill_in_layers(shape: Shape) -> float:
@@ -177,14 +182,20 @@ class Prices:
 
 
 def path_ratio(
-    shape: Shape, depth: int, constants: Constants | None = None, context: int = _CONTEXT
+    shape: Shape,
+    depth: int,
+    constants: Constants | None = None,
+    context: int = _CONTEXT,
+    *,
+    head: float = 1.0,
 ) -> float:
     """Return the predicted cost per token of a sub-model of ``depth`` layers against full depth.
 
-    Time where constants are given, for one text of ``context`` tokens; else weights read.
+    Time where constants are given, for one text of ``context`` tokens; else weights read. ``head``
+    is what its readout costs, the full one = 1.
     """
     price = Prices(shape, constants, context)
-    return (price.step + price.layers(depth) + price.head()) / price.full
+    return (price.step + price.layers(depth) + head * price.head()) / price.full
 
 
 def exit_ratio(
@@ -195,6 +206,7 @@ def exit_ratio(
     context: int = _CONTEXT,
     *,
     copy: bool = False,
+    check: float | None = None,
 ) -> float:
     """Return the predicted cost per token of leaving early against full depth.
 
@@ -209,15 +221,21 @@ def exit_ratio(
         constants: of the machine and backbone, where measured.
         context: tokens before the ones predicted.
         copy: skipped layers are filled at once, instead of tokens waiting for them.
+        check: cost of a cheap check, one readout = 1; None for the full head, which then has read
+            out the token that leaves.
     """
     price, depth = Prices(shape, constants, context), shape.num_layers
-    going, cost, start = 1.0, price.step, 0
+    going, cost, start = 1.0, price.step + (0.0 if check is None else price.head()), 0
     for stop, share in zip((*exits, depth), (*shares, 0.0), strict=True):
         passes, rows = going, 1.0
         if constants is not None and not copy:
             passes = max(going, 1 / (1 + _MAX_WAITING))  # a full queue forces one
             rows = 1 / passes
-        cost += passes * price.layers(stop - start, rows) + going * price.head()
+        cost += passes * price.layers(stop - start, rows)
+        if check is None:
+            cost += going * price.head()
+        elif stop < depth:
+            cost += going * check * price.head()
         if copy:
             cost += share * price.fill(depth - stop)
         going, start = going - share, stop

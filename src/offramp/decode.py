@@ -22,6 +22,7 @@ def decode(
     layers: Sequence[int] | None = None,
     kv: KV = "exact",
     look: Readout | None = None,
+    head: Readout | None = None,
     max_waiting: int = MAX_WAITING,
     exit_prompt: bool = False,
     batch_size: int = 8,
@@ -35,6 +36,7 @@ def decode(
         layers: the path every token runs, all layers by default.
         kv: what becomes of the layers that a leaving token skips.
         look: what a check sees in place of the full head's logits (see :mod:`offramp.checks`).
+        head: what chooses the tokens at the end of the path, the backbone's own head by default.
         max_waiting: a text with so many waiting tokens takes one full-depth step.
         exit_prompt: whether the prompt, too, may leave early (its tokens then wait).
         batch_size: texts at once.
@@ -48,6 +50,7 @@ def decode(
             layers=layers,
             kv=kv,
             look=look,
+            head=head,
             stay=[
                 not exit_prompt if writer.reading else writer.text.num_waiting >= max_waiting
                 for writer in writers

@@ -13,6 +13,7 @@ from offramp.checks import FULL_HEAD, Check, LowRank, Shortlist
 from offramp.cost import (
     break_even_depth,
     cheap_check_in_layers,
+    check_in_heads,
     check_in_layers,
     exit_ratio,
     fill_in_layers,
@@ -154,17 +155,24 @@ def at_best(run: Run, shape: Shape, constants: Constants) -> float:
         case Full():
             return 1.0
         case Path():
-            return path_ratio(shape, len(run.layers), constants)
+            head = _in_heads(run.head, shape)
+            return path_ratio(shape, len(run.layers), constants, head=1.0 if head is None else head)
         case Exit():
             exits = run.policy.exits
             shares = [1.0] + [0.0] * (len(exits) - 1)
-            return exit_ratio(shape, exits, shares, constants, copy=run.kv == "copy")
+            check = _in_heads(run.check, shape)
+            return exit_ratio(shape, exits, shares, constants, copy=run.kv == "copy", check=check)
         case Speculate():
             ratios = (
                 speculation_ratio(shape, len(run.draft), tokens, 1.0, constants)
                 for tokens in range(1, run.tokens + 1)
             )
             return min(ratios)
+
+
+def _in_heads(check: Check, shape: Shape) -> float | None:
+    """Return the price of a cheap check, one readout = 1; None for the full head."""
+    return None if check == FULL_HEAD else check_in_heads(shape, check.weights(shape))
 
 
 def _row(

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from offramp.backbone import Backbone
-from offramp.checks import FULL_HEAD, Check, GateFile, Record
+from offramp.checks import FULL_HEAD, Check, GateFile, Head, Record
 from offramp.decode import MAX_WAITING, decode
 from offramp.errors import OfframpError, UsageError
 from offramp.files import write_text
@@ -99,10 +99,13 @@ class Path(Record):
 
     kind: Literal["path"] = "path"
     layers: tuple[int, ...]
+    head: Annotated[Head, Field(discriminator="kind")] = FULL_HEAD
+    """What chooses the tokens: where few layers run, reading the whole head is what costs."""
 
     def must_fit(self, backbone: Backbone) -> None:
-        """Refuse layers that a model of this depth lacks."""
+        """Refuse layers or a head that this model lacks."""
         check_path(self.layers, backbone.shape.num_layers)
+        self.head.must_fit(backbone.shape)
 
 
 Run = Full | Exit | Speculate | Path
@@ -145,8 +148,14 @@ class Plan(Record):
 
 
 def check_of(plan: Plan) -> Check:
-    """Return what the plan's exits look at; a plan without exits would look at the full head."""
-    return plan.run.check if isinstance(plan.run, Exit) else FULL_HEAD
+    """Return what reads states in place of the full head: an exit's check, a sub-model's head."""
+    match plan.run:
+        case Exit():
+            return plan.run.check
+        case Path():
+            return plan.run.head
+        case _:
+            return FULL_HEAD
 
 
 def read_plan(path: FilePath) -> Plan:
@@ -191,6 +200,9 @@ def execute(
                 batch_size=batch_size,
             )
         case Path():
-            return decode(backbone, requests, layers=run.layers, batch_size=batch_size)
+            requests = list(requests)
+            ends = {token for request in requests for token in request.eos}
+            head = run.head.choose(backbone, ends)
+            return decode(backbone, requests, layers=run.layers, head=head, batch_size=batch_size)
         case Speculate():
             return speculate(backbone, requests, run.drafter, batch_size=batch_size)

@@ -40,6 +40,7 @@ def step(
     layers: Sequence[int] | None = None,
     kv: KV = "exact",
     look: Readout | None = None,
+    head: Readout | None = None,
     stay: Sequence[bool] | None = None,
     tails: Sequence[int] | None = None,
     detour: Sequence[int] = (),
@@ -57,6 +58,7 @@ def step(
         layers: the path to run, ascending layer indices; all by default. Depths count along it.
         kv: what becomes of the layers that a leaving token skips.
         look: what a check sees in place of the full head's logits.
+        head: what reads out the end of the path, the backbone's own head by default.
         stay: the texts that run to the end of the path whatever the policy says.
         tails: how many of the last rows of each text to read out at full depth; 1 by default.
         detour: layers a leaving token runs on for its choice alone (a draft that skips layers);
@@ -100,7 +102,8 @@ def step(
                 break
         if flow.spans:
             rows = flow.tails([counts[member] for member in flow.members])
-            chosen.append((flow.members, Probe(len(path), len(path), rows, backbone.readout)))
+            last = Probe(len(path), len(path), rows, head or backbone.readout)
+            chosen.append((flow.members, last))
         return _collect(chosen, counts)
 
 

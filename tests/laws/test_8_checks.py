@@ -8,6 +8,7 @@ from torch import Tensor
 
 import offramp
 from offramp.backbone import Backbone
+from offramp.batch import Text
 from offramp.checks import FULL_HEAD, Check, LowRank, Shortlist
 from offramp.cost import flops, weight_bytes
 from offramp.decode import decode
@@ -15,9 +16,12 @@ from offramp.errors import UnsupportedModelError, UsageError
 from offramp.fast.open import open_fast
 from offramp.heads import low_rank
 from offramp.hf.open import open_model
+from offramp.plan import Path, execute
 from offramp.policy import Threshold
 from offramp.probe import Probe
+from offramp.request import Request
 from offramp.signals import find, score
+from offramp.step import step
 from offramp.trace import record, replay
 from tests.families import build
 from tests.tools import (
@@ -290,3 +294,45 @@ def test_a_failing_readout_leaves_the_models_own_head() -> None:
     with pytest.raises(RuntimeError):
         look(torch.zeros(2, backbone.shape.hidden_size + 1), 2)
     assert backbone.model.get_output_embeddings() is head
+
+
+@pytest.mark.parametrize("family", BOTH)
+@pytest.mark.parametrize("end", [9, 150])
+def test_a_short_head_chooses_the_best_of_its_entries(family: str, end: int) -> None:
+    """A sub-model's tokens are the best of the shortlist and the end tokens, wherever those are."""
+    backbone = opened(family)
+    head, layers = Shortlist(size=37), (0, 2, 3)
+    allowed = torch.tensor(sorted({*range(37), end}))
+    [ids] = texts_of(backbone, [8], seed=2)
+    text, expected = Text(list(ids), backbone.open()), []
+    for _ in range(10):
+        logits = step(backbone, [text], layers=layers).logits[0, allowed]
+        expected.append(int(allowed[logits.argmax()]))
+        text.ids.append(expected[-1])
+    stop = expected.index(end) + 1 if end in expected else 10
+    assert len(set(expected)) >= 3
+    request = Request(list(ids), 10, eos=frozenset({end}))
+    run = Path(layers=layers, head=head)
+    head.choose(backbone, {end})  # made, so hooks see it
+    with counted(backbone):
+        written = [token.id for token in execute(backbone, [request], run)]
+    assert written == expected[:stop]
+
+
+@pytest.mark.parametrize("family", BOTH)
+def test_a_head_of_every_entry_is_the_full_head(family: str) -> None:
+    """The same tokens as without it."""
+    backbone = opened(family)
+    requests = [Request(ids, 12) for ids in texts_of(backbone, [5, 8, 3], seed=1)]
+    whole_head = Shortlist(size=backbone.shape.vocab_size)
+    runs = [Path(layers=(0, 1, 4)), Path(layers=(0, 1, 4), head=whole_head)]
+    plain, headed = (collected(execute(backbone, requests, run), 3)[0] for run in runs)
+    assert plain == headed
+
+
+def test_a_head_longer_than_the_vocabulary_is_refused() -> None:
+    """Before anything runs."""
+    backbone = generic("llama")
+    long = Shortlist(size=backbone.shape.vocab_size + 1)
+    with pytest.raises(UsageError, match="longer than the vocabulary"):
+        Path(layers=(0, 1), head=long).must_fit(backbone)

@@ -12,7 +12,8 @@ import torch
 
 from offramp.backbone import Backbone, Shape
 from offramp.bench.race import Case, Ceiling, Contestant, Sample, absent
-from offramp.cost import flops, weight_bytes
+from offramp.checks import FULL_HEAD, Check
+from offramp.cost import flops, seconds, weight_bytes
 from offramp.errors import OfframpError, UnsupportedModelError, UsageError
 from offramp.fast.backbone import FastBackbone
 from offramp.fast.build import UnavailableError
@@ -22,36 +23,27 @@ from offramp.hf.backbone import HFBackbone
 from offramp.hf.load import GENERIC_FORMATS
 from offramp.meter import Meter
 from offramp.model import BackboneName, Model, load
-from offramp.plan import Exit, Full, Plan, Run, Speculate, execute
+from offramp.plan import Exit, Full, Plan, Run, Speculate, check_of, execute
 from offramp.plan import Path as SubModel
 from offramp.request import Request
 from offramp.text import encode
+from offramp.timing import Constants, constants
 
-_KV_BYTES = 4
-"""Keys and values are fp32 whatever the weights are (in bf16 modules of the model's own: half)."""
 _MATRIX = 1024
 
 
-def read_bytes(work: Meter, shape: Shape) -> float:
+def read_bytes(work: Meter, shape: Shape, check_weights: int = 0) -> float:
     """Return the bytes of weights, keys and values that counted work read."""
-    per_key = shape.kv_weights / shape.hidden_size * _KV_BYTES
-    return weight_bytes(work, shape) + per_key * work.attended
+    per_key = shape.kv_weights / shape.hidden_size * shape.kv_bytes
+    return weight_bytes(work, shape, check_weights) + per_key * work.tally.keys
 
 
-def predicted_cost(work: Meter, shape: Shape) -> float:
-    """Return what decoding is predicted to cost, in a unit that cancels in ratios.
-
-    The one place where the bench predicts: by bytes read, as on a memory-bound machine.
-    """
-    return read_bytes(work, shape)
-
-
-def take_turn(backbone: Backbone, run: Run, case: Case) -> Sample:
+def take_turn(backbone: Backbone, plan: Plan, known: Constants, case: Case) -> Sample:
     """Read the prompts and write greedily, timed and counted in two parts."""
     requests = [Request(ids, case.tokens) for ids in case.prompts]
     outputs: list[list[int]] = [[] for _ in requests]
     before = backbone.meter.copy()
-    tokens = execute(backbone, requests, run, batch_size=case.batch)
+    tokens = execute(backbone, requests, plan.run, batch_size=case.batch)
     start = time.perf_counter()
     for _ in requests:  # the prompts' step gives each text one token
         token = next(tokens)
@@ -61,14 +53,15 @@ def take_turn(backbone: Backbone, run: Run, case: Case) -> Sample:
         outputs[token.index].append(token.id)
     done = time.perf_counter()
     work, shape = backbone.meter - read, backbone.shape
+    checks = check_of(plan).weights(shape)
     return Sample(
         prefill=first - start,
         decode=done - first,
         decoded=sum(map(len, outputs)) - case.batch,
         outputs=outputs,
-        decode_bytes=read_bytes(work, shape),
+        decode_bytes=read_bytes(work, shape, checks),
         prefill_flops=flops(read - before, shape),
-        predicted=predicted_cost(work, shape),
+        predicted=seconds(work, known, shape, checks),
     )
 
 
@@ -105,10 +98,11 @@ def own_contestants(
     except OfframpError as error:
         return [absent(f"{kind} {weights}", str(error), weights)]
     shown = "fast" if isinstance(backbone, FastBackbone) else "hf"
+    known = constants(backbone)
     return [
         Contestant(
             f"{shown} {weights} {describe(plan.run)}",
-            partial(take_turn, backbone, plan.run),
+            partial(take_turn, backbone, plan, known),
             f"own {shown}",
             weights,
             full=isinstance(plan.run, Full),
@@ -139,12 +133,16 @@ def describe(run: Run) -> str:
         case Full():
             return "full"
         case SubModel():
-            return _layers("first", run.layers)
+            return _layers("first", run.layers) + _unless_full(run.head)
         case Speculate():
             return f"{_layers('draft', run.draft)}, {run.tokens} tokens"
         case Exit():
             cuts = ",".join(f"{depth}:{value:g}" for depth, value in run.policy.thresholds)
-            return f"{run.signal}={cuts} {run.kv}"
+            return f"{run.signal}={cuts} {run.kv}{_unless_full(run.check)}"
+
+
+def _unless_full(check: Check) -> str:
+    return "" if check == FULL_HEAD else f", {check}"
 
 
 def _layers(word: str, layers: Sequence[int]) -> str:

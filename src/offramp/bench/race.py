@@ -48,7 +48,7 @@ class Sample:
     prefill_flops: float | None = None
     """Operations of reading the prompts, where known."""
     predicted: float | None = None
-    """What the cost model says of the decoding, in a unit that cancels in ratios."""
+    """Seconds that the cost model, measured on this machine, says the decoding takes."""
 
 
 @dataclass(frozen=True)

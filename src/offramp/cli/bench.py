@@ -35,7 +35,9 @@ def bench(
     draft_tokens: o.DraftTokens = 4,
     draft_confidence: o.DraftConfidence = 0.0,
     exit_depth: o.ExitDepth = None,
+    head: o.HeadText = None,
     threshold: o.ThresholdText = None,
+    check: o.CheckText = None,
     kv: o.KeyValues = o.KV.exact,
     batch_size: Annotated[str, typer.Option(metavar="N,...", help="Texts at once.")] = "1",
     context: Annotated[str, typer.Option(metavar="N,...", help="Tokens of a prompt.")] = "256",
@@ -84,7 +86,9 @@ def bench(
             None, draft=draft, draft_tokens=draft_tokens, draft_confidence=draft_confidence
         ),
         o.parse_plan(None, exit_depth=exit_depth),
+        o.parse_plan(None, exit_depth=exit_depth, head=head),
         o.parse_plan(None, threshold=threshold, kv=kv),
+        o.parse_plan(None, threshold=threshold, check=check, kv=kv),
     ]
     plans = [plan for i, plan in enumerate(found) if plan not in found[:i]]  # unset is full again
     sizes = o.parse_counts("--context", context), o.parse_counts("--batch-size", batch_size)

@@ -121,6 +121,14 @@ CheckText = Annotated[
         "gate=DEPTH:VALUE,...",
     ),
 ]
+HeadText = Annotated[
+    str | None,
+    typer.Option(
+        "--head",
+        metavar="full|shortlist:N",
+        help="With --exit: what chooses tokens; the N lowest token ids are the most frequent.",
+    ),
+]
 KeyValues = Annotated[
     KV,
     typer.Option(
@@ -153,6 +161,7 @@ def parse_plan(
     draft_tokens: int = 4,
     draft_confidence: float = 0.0,
     exit_depth: int | None = None,
+    head: str | None = None,
     threshold: str | None = None,
     check: str | None = None,
     kv: KV = KV.exact,
@@ -163,7 +172,7 @@ def parse_plan(
         UsageError: two ways at once, or a threshold or check that cannot be read.
         OfframpError: the plan file or the gates cannot be read.
     """
-    from offramp.checks import parse_check
+    from offramp.checks import parse_check, parse_head
     from offramp.paths import prefix
     from offramp.plan import Exit, Plan, Speculate, read_plan
     from offramp.plan import Path as SubModel
@@ -174,6 +183,8 @@ def parse_plan(
         raise UsageError(f"{' and '.join(named)} exclude each other")
     if check is not None and threshold is None:
         raise UsageError("--check says what a --threshold looks at; give one")
+    if head is not None and exit_depth is None:
+        raise UsageError("--head says what chooses the tokens of --exit DEPTH; give one")
     if draft is not None:
         if draft < 1:
             raise UsageError(f"--draft {draft}: a draft runs 1 layer or more")
@@ -182,7 +193,8 @@ def parse_plan(
             run=Speculate(draft=layers, tokens=draft_tokens, min_confidence=draft_confidence)
         )
     if exit_depth is not None:
-        return Plan(run=SubModel(layers=prefix(exit_depth, max(exit_depth, 1))))
+        layers = prefix(exit_depth, max(exit_depth, 1))
+        return Plan(run=SubModel(layers=layers, head=parse_head(head or "full")))
     if threshold is not None:
         signal, values = parse_threshold(threshold)
         looked_at = parse_check(check or "full")

@@ -11,7 +11,7 @@ from offramp.batch import Text
 from offramp.errors import UnsupportedModelError
 from offramp.fast.backbone import FastBackbone
 from offramp.fast.build import kernels
-from offramp.fast.pack import BYTES, Format
+from offramp.fast.pack import BYTES, KV_BYTES, Format
 from offramp.fast.rotary import Rotary, prepared, windows
 from offramp.fast.weights import take
 from offramp.hf.backbone import HFBackbone
@@ -70,6 +70,7 @@ def _made(
             generic.shape,
             fill_weights=generic.shape.kv_weights,
             bytes_per_weight=BYTES[weights],
+            kv_bytes=KV_BYTES[weights],
             head_bytes_per_weight=taken.head_bytes,
         ),
         fingerprint=generic.fingerprint,

@@ -20,6 +20,9 @@ Format = Literal["fp32", "bf16", "int8", "int4"]
 
 LANES, GROUP = 16, 32
 BYTES: dict[Format, float] = {"fp32": 4, "bf16": 2, "int8": 1 + 4 / GROUP, "int4": 0.5 + 4 / GROUP}
+_STEPPED = 1 + 3 / GROUP
+KV_BYTES: dict[Format, float] = {"fp32": 4, "bf16": 4, "int8": _STEPPED, "int4": _STEPPED}
+"""Of a stored coordinate: bytes have a step in fp32 per 32 of a key and 64 of a value."""
 _CODES = {"fp32": FP32, "bf16": BF16, "int8": INT8, "int4": INT4}
 _ROWS = 4096  # outputs quantised at once: bounds the memory that takes
 
