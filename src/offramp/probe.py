@@ -51,6 +51,11 @@ class Probe:
             )
         return self.readout(self.hidden, self.depth)
 
+    @property
+    def is_read(self) -> bool:
+        """Return whether the full head has read these rows."""
+        return "logits" in self.__dict__  # where ``cached_property`` keeps its result
+
     @cached_property
     def seen(self) -> Tensor:
         """Return the logits that the check looks at, ``[S, W]``: all, some, or approximate."""

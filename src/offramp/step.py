@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -161,16 +161,29 @@ def _leave(backbone: Backbone, gone: Flow, skipped: Sequence[int], kv: KV) -> No
 
 
 def _collect(chosen: list[tuple[tuple[int, ...], Probe]], counts: list[int]) -> Outcome:
-    """Read out the rows that have no logits yet, and put all texts back in order."""
-    if len(chosen) == 1:  # all at one depth, in order: nothing to move
-        [(members, probe)] = chosen
-        return Outcome(probe.logits, [probe.depth] * len(members))
-    logits: list[Tensor | None] = [None] * len(counts)
-    depths = [0] * len(counts)
-    for members, probe in chosen:
-        # A text that left has one row; one that ran to the end has as many as were asked for.
-        sizes = [counts[m] if probe.depth == probe.num_layers else 1 for m in members]
-        for member, rows in zip(members, probe.logits.split(sizes), strict=True):
-            logits[member] = rows
-            depths[member] = probe.depth
-    return Outcome(torch.cat([rows for rows in logits if rows is not None]), depths)
+    """Put all texts back in order, and read out the rows that have no logits yet.
+
+    If none has, rows of every depth share one pass over the head.
+    """
+    members = [member for group, _ in chosen for member in group]
+    depths = [probe.depth for group, probe in chosen for _ in group]
+    # A text that left has one row; one that ran to the end has as many as were asked for.
+    sizes = [
+        counts[m] if d == chosen[0][1].num_layers else 1
+        for m, d in zip(members, depths, strict=True)
+    ]
+    order = sorted(range(len(members)), key=members.__getitem__)
+
+    def ordered(parts: list[Tensor]) -> Tensor:
+        if order == list(range(len(order))):  # nothing to move
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        rows = torch.cat(parts).split(sizes)
+        return torch.cat([rows[i] for i in order])
+
+    probes = [probe for _, probe in chosen]
+    if any(probe.is_read for probe in probes):
+        logits = ordered([probe.logits for probe in probes])
+    else:
+        deepest = probes[-1]
+        logits = replace(deepest, hidden=ordered([probe.rows for probe in probes])).logits
+    return Outcome(logits, [depths[i] for i in order])

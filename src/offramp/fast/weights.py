@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from offramp.errors import UnsupportedModelError
 from offramp.fast.layout import (
     ACTIVATIONS,
+    INT8,
     NO_NORM,
     PER_HEAD,
     WHOLE,
@@ -156,6 +157,8 @@ class _Taker:
         s.epsilon = self._epsilon or 0.0
         head = self.model.get_output_embeddings()
         s.head = self._matrix([head], [head.weight.shape[0]], form=form)
+        if self.form == "int4":  # beside such layers 8-bit states do, and many rows take half
+            s.head.format = INT8
         s.logit_scale = facts.get("logit_scale") or 1 / (facts.get("logits_scaling") or 1.0)
         s.logit_softcap = facts.get("final_logit_softcapping") or 0.0
         return gains
