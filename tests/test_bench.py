@@ -120,7 +120,13 @@ def test_medians_quartiles_and_shares() -> None:
 
 
 ONE_EACH = Constants(
-    layer=((1, 1.0),), pair=0.0, key=0.0, head=((1, 1.0),), fill=((1, 1.0),), step=0.0
+    layer=((1, 1.0),),
+    pair=0.0,
+    key=0.0,
+    head=((1, 1.0),),
+    fill=((1, 1.0),),
+    path=((1, 2.0), (6, 7.0)),
+    step=0.0,
 )
 """A second for each row of a layer or a head."""
 

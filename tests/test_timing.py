@@ -126,12 +126,15 @@ def constants_of(work: Costs) -> Constants:
         (n, value + work.pair * n * (n + 1) / 2 + work.key * n)
         for n, value in line(work.layer, 512)
     )
+    head = line(work.head, 64)
+    depths = sorted({max(SHAPE.num_layers * fifths // 5, 1) for fifths in range(1, 6)})
     return Constants(
         layer=layer,
         pair=work.pair,
         key=work.key,
-        head=line(work.head, 64),
+        head=head,
         fill=line(work.fill, 64),
+        path=tuple((depth, depth * layer[0][1] + head[0][1]) for depth in depths),
         step=work.step,
     )
 
@@ -190,6 +193,7 @@ def test_seconds_are_the_hand_arithmetic() -> None:
         key=0.25,
         head=((1, 7.0), (3, 9.0)),
         fill=((1, 3.0),),
+        path=((1, 11.0), (3, 35.0)),
         step=100.0,
     )
     work = Meter()
@@ -201,7 +205,8 @@ def test_seconds_are_the_hand_arithmetic() -> None:
     work.tally.steps = 2
     # Three rows look at 11 keys each, 33 read; the table's three rows had 6 pairs, and read 3.
     keys = 0.5 * (33 - 6) + 0.25 * (33 - 3)
-    assert seconds(work, known) == 2 * 12 + 7 + 16 + keys + 9 + 4 * 6 + 2 * 100
+    # Steps of 1.5 layers take 17 where layer and head apart take 22: the cache keeps 5 of each.
+    assert seconds(work, known) == 2 * 12 + 7 + 16 + keys + 9 + 4 * 6 + 2 * (100 - 5)
 
 
 tables = st.dictionaries(st.integers(1, 99), st.floats(1e-6, 1), min_size=1, max_size=9).map(
@@ -259,9 +264,10 @@ def test_a_slow_backbone_gets_few_looks(scale: float) -> None:
     backbone = Clockwork(Costs(layer=(0.1 * scale, 0.01 * scale), head=(0.2 * scale, 0.0)))
     found = measure(backbone, clock=backbone.clock)
     assert [rows for rows, _ in found.layer] == [1, 4, 16]
-    tally = backbone.meter.tally  # a step, three numbers of rows, and the long text
-    assert tally.layers.total() == (1 + 3 + 2) * LAYERS
-    assert tally.heads.total() == 1 + 3
+    # A step, three numbers of rows, and the long text; paths of 1 to 5 layers, each twice.
+    tally = backbone.meter.tally
+    assert tally.layers.total() == (1 + 3 + 2) * LAYERS + 2 * (1 + 2 + 3 + 4 + 5)
+    assert tally.heads.total() == 1 + 3 + 2 * 5
     assert tally.fills.total() == (1 + 3) * LAYERS
 
 
@@ -377,7 +383,8 @@ def test_where_only_weights_take_time_both_views_agree(
 ) -> None:
     """Time by passes alone is weights read: the formulas are the same."""
     flat = [((1, price), (512, price)) for price in (1.0, 2.0)]
-    known = Constants(layer=flat[0], pair=0, key=0, head=flat[1], fill=flat[0], step=0)
+    path = ((1, 3.0), (9, 11.0))
+    known = Constants(layer=flat[0], pair=0, key=0, head=flat[1], fill=flat[0], path=path, step=0)
     shares = [share * 0.45 for share in shares]  # beyond, a full queue costs passes
     expected = exit_ratio(SHAPE, [2, 3], shares)
     assert exit_ratio(SHAPE, [2, 3], shares, known) == pytest.approx(expected)

@@ -68,7 +68,9 @@ def seconds(
     checks = sum(n * constants.head_seconds(rows) for rows, n in tally.checks.items())
     if shape is not None and check_weights:
         checks *= check_in_heads(shape, check_weights)
-    return layers + attention + heads + checks + fills + constants.step * tally.steps
+    kept = constants.kept_seconds(work.layer_passes / tally.steps) if tally.steps else 0.0
+    steps = tally.steps * (constants.step + kept)
+    return layers + attention + heads + checks + fills + steps
 
 
 def full_depth(
@@ -170,15 +172,17 @@ class Prices:
             return count * fill_in_layers(self.shape)
         return count * self.constants.fill_seconds(1)
 
-    @property
-    def step(self) -> float:
-        """Return the price of a step beside its layers and heads."""
-        return 0.0 if self.constants is None else self.constants.step
+    def step(self, depth: float) -> float:
+        """Return the price of a step of ``depth`` layers beside its layers and heads."""
+        if self.constants is None:
+            return 0.0
+        return self.constants.step + self.constants.kept_seconds(depth)
 
     @property
     def full(self) -> float:
         """Return the price of a token at full depth."""
-        return self.step + self.layers(self.shape.num_layers) + self.head()
+        depth = self.shape.num_layers
+        return self.step(depth) + self.layers(depth) + self.head()
 
 
 def path_ratio(
@@ -195,7 +199,7 @@ def path_ratio(
     is what its readout costs, the full one = 1.
     """
     price = Prices(shape, constants, context)
-    return (price.step + price.layers(depth) + head * price.head()) / price.full
+    return (price.step(depth) + price.layers(depth) + head * price.head()) / price.full
 
 
 def exit_ratio(
@@ -225,13 +229,15 @@ def exit_ratio(
             out the token that leaves.
     """
     price, depth = Prices(shape, constants, context), shape.num_layers
-    going, cost, start = 1.0, price.step + (0.0 if check is None else price.head()), 0
+    going, start, run = 1.0, 0, 0.0
+    cost = 0.0 if check is None else price.head()
     for stop, share in zip((*exits, depth), (*shares, 0.0), strict=True):
         passes, rows = going, 1.0
         if constants is not None and not copy:
             passes = max(going, 1 / (1 + _MAX_WAITING))  # a full queue forces one
             rows = 1 / passes
         cost += passes * price.layers(stop - start, rows)
+        run += passes * (stop - start)
         if check is None:
             cost += going * price.head()
         elif stop < depth:
@@ -239,7 +245,7 @@ def exit_ratio(
         if copy:
             cost += share * price.fill(depth - stop)
         going, start = going - share, stop
-    return cost / price.full
+    return (cost + price.step(run)) / price.full
 
 
 def speculation_ratio(
@@ -259,9 +265,10 @@ def speculation_ratio(
     """
     price = Prices(shape, constants, context)
     written = sum(agreement**i for i in range(tokens + 1))
-    draft = price.step + price.layers(depth) + price.head()
+    every = shape.num_layers  # drafts and confirmations take turns: the cache sees all layers
+    draft = price.step(every) + price.layers(depth) + price.head()
     # The last drafted token has not run the draft's layers yet, so the confirming step runs them.
-    confirm = price.step + price.layers(depth) + price.head(tokens + 1)
+    confirm = price.step(every) + price.layers(depth) + price.head(tokens + 1)
     confirm += price.layers(shape.num_layers - depth, tokens + 1)
     return (tokens * draft + confirm) / (written * price.full)
 

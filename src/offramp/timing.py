@@ -37,7 +37,7 @@ _TOGETHER = 4
 """Rows that look at the long text together."""
 _BUDGET = 8.0
 """Seconds that measuring should take; a slow backbone takes longer for one look at each point."""
-_FEWEST, _TURNS = 12, 21
+_FEWEST, _TURNS = 17, 21
 """Points always timed (three numbers of rows); looks at each point after the first."""
 _BYTES = 2**20
 """More than a file of constants could have."""
@@ -80,6 +80,9 @@ class Constants(_Record):
     """One readout."""
     fill: Table
     """One layer, only for its keys and values."""
+    path: Table
+    """(layers, seconds): so many layers and the head, again and again, one row. Of few layers a
+    processor's cache keeps a part from step to step."""
     step: Seconds
     """What a step takes beside layers and head: preparing, embedding, looping, choosing."""
 
@@ -94,6 +97,12 @@ class Constants(_Record):
     def fill_seconds(self, rows: float) -> float:
         """Return seconds of making one layer's keys and values."""
         return at(self.fill, rows)
+
+    def kept_seconds(self, depth: float) -> float:
+        """Return what a step of ``depth`` layers takes more (mostly less, so negative) than they do
+        among all: what the cache keeps of them and of the head."""
+        apart = depth * self.layer_seconds(1) + self.head_seconds(1)
+        return at(self.path, depth) - apart
 
     def summary(self) -> dict[str, object]:
         """Return the figures a person asks for first, ready for JSON; microseconds, and layers."""
@@ -226,7 +235,9 @@ class _Stand:
             for part in ("layers", "head", "fill")
             if part == "layers" or n <= _MOST_READ
         ]
-        return [("step", 1), *dict.fromkeys(long), *parts]
+        depth = len(self.path)
+        paths = [("path", max(depth * fifths // 5, 1)) for fifths in (2, 5, 1, 3, 4)]
+        return [("step", 1), *dict.fromkeys((*long, *paths)), *parts]
 
     def time(self, part: str, rows: int) -> float:
         """Return the seconds of one call; for a step, those outside its layers and head."""
@@ -236,6 +247,9 @@ class _Stand:
             case "head":
                 hidden = self.backbone.embed([Span(self.texts[0], 0, rows)])
                 return self._timed(lambda: self.backbone.readout(hidden, len(self.path)))
+            case "path":
+                self._path(rows)
+                return self._path(rows)
             case "long":
                 return self._pass(self.backbone.run, self.long, rows)
             case "fill":
@@ -254,6 +268,15 @@ class _Stand:
         hidden = self.backbone.embed(spans)
         seconds = self._timed(lambda: run(self.path, hidden, spans))
         self.backbone.trim(text.slot, start)
+        return seconds
+
+    def _path(self, depth: int) -> float:
+        spans = (Span(self.texts[0], 0, 1),)
+        hidden, path = self.backbone.embed(spans), self.path[:depth]
+        seconds = self._timed(
+            lambda: self.backbone.readout(self.backbone.run(path, hidden, spans), depth)
+        )
+        self.backbone.trim(self.texts[0].slot, 0)
         return seconds
 
     def _step(self) -> float:
@@ -338,6 +361,7 @@ def _fitted(stand: _Stand, seconds: dict[_Point, float]) -> Constants:
         key=key,
         head=table("head", 1),
         fill=table("fill", depth),
+        path=table("path", 1),
         step=max(seconds["step", 1], 0.0),
     )
 
