@@ -17,7 +17,7 @@ from offramp.backbone import Shape
 from offramp.batch import Span
 from offramp.fast.build import kernels, version
 from offramp.fast.heads import CheapHead, low_rank_head, shortlist_head
-from offramp.fast.layout import FP32, INT8, MatrixStruct, RowsStruct, TextStruct
+from offramp.fast.layout import FP32, INT8, MatrixStruct, RowsStruct
 from offramp.fast.pack import Format
 from offramp.fast.rotary import Rotary
 from offramp.fast.slots import Sizes, Slot
@@ -52,7 +52,8 @@ class FastBackbone:
         self.weights: str = weights
         self._format: Format = weights
         self._taken, self._rotary = taken, rotary
-        self._embedding, self._embedding_scale = model.get_input_embeddings(), embedding_scale
+        self._table = model.get_input_embeddings().weight.detach().float().numpy()
+        self._embedding_scale = embedding_scale
         self._library = kernels()
         self._cheap: dict[Hashable, CheapHead] = {}
         struct = taken.struct
@@ -75,8 +76,7 @@ class FastBackbone:
     @torch.no_grad()
     def embed(self, spans: Sequence[Span]) -> Tensor:
         """Return the inputs of the first layer for these rows, ``[N, D]``."""
-        ids = torch.tensor([token for span in spans for token in span.ids])
-        rows: Tensor = self._embedding(ids).float()
+        rows = torch.from_numpy(self._table[[token for span in spans for token in span.ids]])
         return rows if self._embedding_scale == 1 else rows * self._embedding_scale
 
     def run(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> Tensor:
@@ -182,26 +182,15 @@ class FastBackbone:
 
 def _rows(spans: Sequence[Span]) -> RowsStruct:
     """Tell the kernels whose row is whose."""
-    texts = (TextStruct * len(spans))()
-    for struct, span in zip(texts, spans, strict=True):
-        slot = span.text.slot
-        struct.keys, struct.values = slot.keys.data_ptr(), slot.values.data_ptr()
-        struct.key_steps, struct.value_steps = (
-            slot.key_steps.data_ptr(),
-            slot.value_steps.data_ptr(),
-        )
-        struct.capacity = slot.capacity
-    count = sum(map(len, spans))
-    text, position = (ctypes.c_int32 * count)(), (ctypes.c_int32 * count)()
-    row = 0
-    for index, span in enumerate(spans):
-        stop = row + len(span)
-        text[row:stop] = [index] * len(span)
-        position[row:stop] = list(range(span.start, span.stop))
-        row = stop
-    whole, numbers = ctypes.POINTER(TextStruct), ctypes.POINTER(ctypes.c_int32)
+    addresses = [span.text.slot.address for span in spans]
+    text = [i for i, span in enumerate(spans) for _ in range(len(span))]
+    position = [p for span in spans for p in range(span.start, span.stop)]
+    count = len(position)
     return RowsStruct(
-        ctypes.cast(texts, whole), ctypes.cast(text, numbers), ctypes.cast(position, numbers), count
+        (ctypes.c_void_p * len(spans))(*addresses),
+        (ctypes.c_int32 * count)(*text),
+        (ctypes.c_int32 * count)(*position),
+        count,
     )
 
 

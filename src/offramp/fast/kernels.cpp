@@ -77,7 +77,7 @@ struct Text {
 };
 
 struct Rows {
-    const Text *texts;
+    const Text *const *texts;
     const int32_t *text;      // [N]: whose row this is
     const int32_t *position;  // [N]
     int32_t count;
@@ -902,7 +902,7 @@ void attend_share(const Model &m, const Place &at, const Reach &r, const float *
 void attend_row(const Model &m, int index, const Rows &rows, const Buffers &b, int row, int from,
                 int to, int place_of_row, const Scratch &s) {
     const Reach r = reach(m.layers[index], rows.position[row]);
-    const Place at = place(m, rows.texts[rows.text[row]], index);
+    const Place at = place(m, *rows.texts[rows.text[row]], index);
     const int shared = m.heads / m.kv_heads, shares = r.end - r.begin;
     for (int i = from; i < to;) {
         const int own = i % shared, share = i / shared % shares, kv = i / shared / shares;
@@ -969,7 +969,7 @@ void store_rows(const Model &m, int index, const Rows &rows, const Buffers &b, b
         const int position = rows.position[row];
         if (queries) ask(m, m.layers[index], qkv, position);
         keep(m, m.layers[index], qkv + m.heads * m.head_size,
-             place(m, rows.texts[rows.text[row]], index), position, s);
+             place(m, *rows.texts[rows.text[row]], index), position, s);
     });
 }
 

@@ -65,7 +65,7 @@ class RowsStruct(ctypes.Structure):
     """Whose row is whose, and at which position."""
 
     _fields_: ClassVar = [
-        ("texts", ctypes.POINTER(TextStruct)),
+        ("texts", ctypes.POINTER(_pointer)),  # to TextStruct
         ("text", ctypes.POINTER(_int)),
         ("position", ctypes.POINTER(_int)),
         ("count", _int),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from offramp.batch import Text
 from offramp.errors import UnsupportedModelError
 from offramp.fast.backbone import FastBackbone
@@ -89,11 +87,9 @@ def _one_of_each(generic: HFBackbone, rotary: Rotary, windows: list[int]) -> lis
 
 
 def _embedding_scale(generic: HFBackbone) -> float:
-    """Return what the model multiplies its embeddings by on the way to the first layer."""
+    """Return what the model multiplies the rows of its embedding by before the first layer."""
     asked = prepared(generic.adapter, 0, 1).hidden.float()
-    with torch.no_grad():
-        looked_up = generic.model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long))
-    size = looked_up.float().norm().item()
+    size = generic.model.get_input_embeddings().weight[0].detach().float().norm().item()
     scale = asked.norm().item() / size if size else 1.0
     return 1.0 if abs(scale - 1) < 1e-6 else scale
 
