@@ -264,10 +264,10 @@ def test_a_slow_backbone_gets_few_looks(scale: float) -> None:
     backbone = Clockwork(Costs(layer=(0.1 * scale, 0.01 * scale), head=(0.2 * scale, 0.0)))
     found = measure(backbone, clock=backbone.clock)
     assert [rows for rows, _ in found.layer] == [1, 4, 16]
-    # A step, three numbers of rows, and the long text; paths of 1 to 5 layers, each twice.
+    # Two steps, three numbers of rows, and the long text; paths of 1 to 5 layers, each four times.
     tally = backbone.meter.tally
-    assert tally.layers.total() == (1 + 3 + 2) * LAYERS + 2 * (1 + 2 + 3 + 4 + 5)
-    assert tally.heads.total() == 1 + 3 + 2 * 5
+    assert tally.layers.total() == (2 + 3 + 2) * LAYERS + 4 * (1 + 2 + 3 + 4 + 5)
+    assert tally.heads.total() == 2 + 3 + 4 * 5
     assert tally.fills.total() == (1 + 3) * LAYERS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -128,6 +129,7 @@ def bench(
         _show(timed, ceilings)
     facts = environment()
     record = {
+        "command": shlex.join(["offramp", *sys.argv[1:]]),
         "model": loaded.name,
         "plan": [plan.model_dump(mode="json") for plan in plans],
         "seed": None,
