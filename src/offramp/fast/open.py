@@ -1,4 +1,4 @@
-"""From a checked generic backbone to a checked fast one."""
+"""From a checked generic backbone to a checked fast one: on a CPU, or on another device."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from dataclasses import replace
 
 import torch
 
+from offramp.backbone import Backbone
 from offramp.batch import Text
 from offramp.errors import UnsupportedModelError
 from offramp.fast.backbone import FastBackbone
 from offramp.fast.build import kernels
+from offramp.fast.fused import fuse
+from offramp.fast.graphs import GraphBackbone
 from offramp.fast.pack import BYTES, Format
+from offramp.fast.parts import refusal
 from offramp.fast.rotary import Rotary, prepared, windows
 from offramp.fast.weights import take
 from offramp.hf.backbone import HFBackbone
@@ -48,6 +52,44 @@ def open_fast(generic: HFBackbone, weights: Format = "fp32") -> FastBackbone:
     backbone = _made(generic, weights, *positions)
     _check(backbone, generic, weights, range(generic.shape.num_layers))
     return backbone
+
+
+def open_graphs(generic: HFBackbone) -> GraphBackbone:
+    """Return a fast backbone on the model's own device, checked against the generic one.
+
+    It holds the model's weights, in their precision; where they are fused the model's own modules
+    become views of them. It is meant for CUDA and has been run on CPUs only.
+
+    Args:
+        generic: the model, opened; in fp32 or bf16.
+
+    Raises:
+        UnsupportedModelError: the model has parts that this backbone does not, or its logits
+            differ.
+    """
+    model = generic.model
+    weights = _HELD.get(model.dtype)
+    if weights is None:
+        raise refusal(
+            model, f"it holds {str(model.dtype).removeprefix('torch.')}, not fp32 or bf16"
+        )
+    rotary, windows_ = Rotary(generic.adapter), windows(generic.adapter)
+    fused = fuse(model, list(generic.adapter.layers))
+    rotary.size(fused.facts.head_size)  # refuses tables that do not fit
+    backbone = GraphBackbone(
+        model,
+        fused,
+        rotary,
+        windows_,
+        replace(generic.shape, fill_weights=generic.shape.kv_weights),
+        fingerprint=generic.fingerprint,
+        embedding_scale=_embedding_scale(generic),
+    )
+    _check(backbone, generic, weights, range(generic.shape.num_layers))
+    return backbone
+
+
+_HELD: dict[torch.dtype, Format] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def _made(
@@ -90,16 +132,15 @@ def _one_of_each(generic: HFBackbone, rotary: Rotary, windows: list[int]) -> lis
 def _embedding_scale(generic: HFBackbone) -> float:
     """Return what the model multiplies its embeddings by on the way to the first layer."""
     asked = prepared(generic.adapter, 0, 1).hidden.float()
+    first = torch.zeros(1, 1, dtype=torch.long, device=generic.model.device)
     with torch.no_grad():
-        looked_up = generic.model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long))
+        looked_up = generic.model.get_input_embeddings()(first)
     size = looked_up.float().norm().item()
     scale = asked.norm().item() / size if size else 1.0
     return 1.0 if abs(scale - 1) < 1e-6 else scale
 
 
-def _check(
-    backbone: FastBackbone, generic: HFBackbone, weights: Format, layers: Sequence[int]
-) -> None:
+def _check(backbone: Backbone, generic: HFBackbone, weights: Format, layers: Sequence[int]) -> None:
     """Compare both on this path of layers."""
     ids = probe_ids(backbone.shape.vocab_size)
     text = Text(list(ids), generic.open())
@@ -109,6 +150,6 @@ def _check(
     backbone.meter, generic.meter = Meter(), Meter()
     if not off <= TOLERANCE[weights]:  # also catches NaN
         raise UnsupportedModelError(
-            f"the fast kernels give other logits for {type(generic.model).__name__} (off by "
+            f"the fast backbone gives other logits for {type(generic.model).__name__} (off by "
             f"{off:.2g} of the largest, where {TOLERANCE[weights]:g} is allowed in {weights})"
         )
