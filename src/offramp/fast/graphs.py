@@ -17,6 +17,7 @@ from torch import Tensor
 
 from offramp.backbone import Shape
 from offramp.batch import Span
+from offramp.fast.capture import Graphs
 from offramp.fast.fused import Fused
 from offramp.fast.layer import Layers, Rows
 from offramp.fast.rotary import Rotary
@@ -27,8 +28,6 @@ _CHUNK = 1024
 """Most rows of one call: what comes on top is cut, which bounds memory and the number of shapes."""
 _CELLS = (1, 8, 64)
 """Rows of one text that share a look at its keys: decoding, drains and drafts, prompts."""
-_GRAPHS = 256
-"""Most graphs kept; the one unused for longest makes room."""
 
 _Piece = tuple[int, int, int]  # slot, first position, position after the last
 
@@ -191,56 +190,6 @@ class GraphBackbone:
         for span in spans:
             for layer in layers:
                 span.text.slot.lengths[layer] = span.stop
-
-
-class Graphs:
-    """Functions of tensors that never move: captured at the first call on CUDA, then replayed."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._kept: dict[Hashable, Callable[[], Tensor]] = {}
-        self._pool: Any = None
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __call__(self, key: Hashable, function: Callable[[], Tensor]) -> Tensor:
-        """Return what ``function`` makes now; a later call of the same key replays the first one.
-
-        The result is overwritten by the next call of any key.
-        """
-        replay = self._kept.pop(key, None)
-        if replay is None:
-            if len(self._kept) >= _GRAPHS:
-                del self._kept[next(iter(self._kept))]
-            replay = self._captured(function)
-        self._kept[key] = replay  # the last is the youngest
-        return replay()
-
-    def clear(self) -> None:
-        """Forget all: something they refer to has moved."""
-        self._kept.clear()
-        self._pool = None  # a pool is gone with its last graph
-
-    def _captured(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        if self._device.type != "cuda":
-            return function
-        with torch.cuda.device(self._device):  # not run yet
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # libraries choose kernels and make room at first calls
-                function()
-            torch.cuda.current_stream().wait_stream(side)
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                out = function()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return out
-
-        return replay
 
 
 def bucket(count: int) -> int:

@@ -86,6 +86,7 @@ def open_graphs(generic: HFBackbone) -> GraphBackbone:
         embedding_scale=_embedding_scale(generic),
     )
     _check(backbone, generic, weights, range(generic.shape.num_layers))
+    backbone.graphs.clear()  # the check's segments are nobody else's
     return backbone
 
 

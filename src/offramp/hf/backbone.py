@@ -105,7 +105,7 @@ class HFBackbone:
         """Return logits ``[N, V]`` of states ``[N, D]``; every depth shares norm and head."""
         self.meter.head_passes += 1
         self.meter.head_rows += len(hidden)
-        return self.adapter.readout(hidden)
+        return self.adapter.readout(hidden.to(self.model.device))  # a trace's states lie elsewhere
 
     def _prepare(self, spans: Sequence[Span]) -> list[_Group]:
         """Ask the model what its layers need for these rows; the last answer is kept."""
