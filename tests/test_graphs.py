@@ -49,7 +49,8 @@ def _recorded(_graphs: Graphs, function: partial[Tensor]) -> Callable[[], Tensor
     def segment(*tensors: Tensor) -> Tensor:
         return function.func(*given, Rows(*tensors))
 
-    return partial(make_fx(segment)(*inputs), *inputs)
+    traced, out = make_fx(segment)(*inputs), torch.empty_like(rows.hidden)
+    return lambda: out.copy_(traced(*inputs))  # a graph's result lies where it lay
 
 
 @pytest.fixture
@@ -103,11 +104,42 @@ def test_texts_keep_their_keys_when_slots_and_capacity_grow(
         step(backbone, texts[-1:])
     assert backbone.store.slots >= 13
     assert backbone.store.capacity == 256
+    alone = []
     for text, ids in zip(texts, many, strict=True):
         text.ids.append(ids[-1])
-    logits = step(backbone, texts).logits
-    for row, ids in zip(logits.split(1), many, strict=True):
-        assert_close(own_logits(backbone, ids)[-1:], row)
+        alone.append(step(backbone, [text]).logits)  # few keys first, many last
+        text.trim(len(ids) - 1)
+        backbone.trim(text.slot, len(ids) - 1)
+        text.ids.append(ids[-1])
+    together = step(backbone, texts).logits.split(1)
+    for ids, *rows in zip(many, alone, together, strict=True):
+        for row in rows:
+            assert_close(own_logits(backbone, ids)[-1:], row)
+
+
+def test_a_long_prompt_is_cut(backbone: GraphBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call has more than 1024 rows, or memory and shapes would have no bound."""
+    seen: list[int] = []
+    run = backbone.layers.run
+
+    def watched(layers: Any, length: int, rows: Rows) -> Tensor:
+        seen.append(len(rows.hidden))
+        return run(layers, length, rows)
+
+    monkeypatch.setattr(backbone.layers, "run", watched)
+    texts = [Text(ids, backbone.open()) for ids in texts_of(backbone, [30, 1500, 600])]
+    step(backbone, texts)
+    assert seen == [1024, 1024, 96]
+
+
+def test_the_youngest_graphs_are_kept() -> None:
+    """The one unused for longest makes room, and is made again when it is wanted."""
+    graphs, made = Graphs(torch.device("cpu")), []
+    graphs._captured = lambda function: made.append(function()) or function  # type: ignore
+    for key in (*range(256), 0, 256, 0, 1):
+        graphs(key, partial(torch.tensor, key))
+    assert len(graphs) == 256
+    assert [int(key) for key in made[256:]] == [256, 1]
 
 
 @pytest.mark.parametrize("closed", [True, False])

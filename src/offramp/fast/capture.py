@@ -33,14 +33,16 @@ class Graphs:
         """
         replay = self._kept.pop(key, None)
         if replay is None:
-            if len(self._kept) >= _GRAPHS:
-                del self._kept[next(iter(self._kept))]
-            replay = self._captured(function)
+            replay = self._captured(function)  # which waits for all that runs
         self._kept[key] = replay  # the last is the youngest
+        if len(self._kept) > _GRAPHS:
+            del self._kept[next(iter(self._kept))]
         return replay()
 
     def clear(self) -> None:
         """Forget all: something they refer to has moved."""
+        if self._device.type == "cuda" and self._kept:
+            torch.cuda.synchronize(self._device)  # none may run any more
         self._kept.clear()
         self._pool = None  # a pool is gone with its last graph
 

@@ -162,7 +162,6 @@ class GraphBackbone:
             host = host.pin_memory()
         numbers.copy_(host, non_blocking=True)
         rows.hidden[: len(hidden)] = hidden
-        rows.hidden[len(hidden) :] = 0
         return shape, rows
 
     def _inputs(self, shape: tuple[int, int, int]) -> tuple[Rows, Tensor]:
