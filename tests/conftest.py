@@ -67,6 +67,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(autouse=True)
+def own_timings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for measured times: a test neither finds the user's nor leaves any."""
+    folder = tmp_path_factory.mktemp("timings")
+    monkeypatch.setattr("offramp.timing.cache_dir", lambda: folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny(checkpoint: Path) -> offramp.Model:
     """The tiny checkpoint, loaded."""

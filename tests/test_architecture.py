@@ -15,26 +15,31 @@ SOURCE = ROOT / "src" / "offramp"
 
 # Lower knows nothing of higher. Modules in one entry may import each other.
 ORDER = [
-    ("errors", "meter", "files"),
-    ("batch",),
+    ("errors", "meter", "files", "heads", "machine"),
+    ("batch", "probe"),
     ("backbone",),
-    ("probe",),
+    ("checks",),
     ("signals",),
     ("policy",),
     ("step",),
+    ("timing",),
     ("sample", "paths", "cost"),
     ("request",),
     ("decode",),
     ("speculate",),
-    ("trace", "plan"),
+    ("trace",),
+    ("gate",),
+    ("plan",),
     ("inspection", "text"),
     ("hf",),
     ("fast",),
     ("model",),
+    ("bench",),
     ("cli",),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 TRANSFORMERS = ("hf",)
+WORKER = SOURCE / "bench" / "worker.py"  # a program for other environments, not a module of ours
 
 
 def _modules() -> list[Path]:
@@ -68,8 +73,15 @@ def test_lower_knows_nothing_of_higher(path: Path) -> None:
 @pytest.mark.parametrize("path", _modules(), ids=lambda p: str(p.relative_to(SOURCE)))
 def test_only_hf_knows_transformers(path: Path) -> None:
     """The rest would have to be touched with every new version of it."""
-    if _part(path) not in TRANSFORMERS:
+    if _part(path) not in TRANSFORMERS and path != WORKER:
         assert not [name for name in _imports(path) if name.split(".")[0] == "transformers"]
+
+
+def test_the_worker_runs_where_offramp_is_not() -> None:
+    """It imports nothing of it, and nobody imports the worker."""
+    assert not [name for name in _imports(WORKER) if name.startswith("offramp")]
+    for path in _modules():
+        assert not [name for name in _imports(path) if "bench.worker" in name]
 
 
 @pytest.mark.parametrize("path", _modules(), ids=lambda p: str(p.relative_to(SOURCE)))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import offramp
 from offramp import cli
+from offramp.timing import Constants
 from offramp.trace import load_trace
 
 
@@ -57,13 +58,15 @@ def shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
     return Shell(capsys, monkeypatch)
 
 
-SHARED = {"model", "plan", "seed", "versions", "machine"}
+SHARED = {"model", "plan", "seed", "backbone", "weights", "versions", "machine"}
 COST = {"tokens", "layer_passes", "layer_tokens", "head_rows", "fill_rows", "flops_ratio"} | {
     "bytes_ratio",
     "seconds",
     "tokens_per_second",
     "mean_depth",
     "depth_histogram",
+    "predicted_seconds",
+    "predicted_ratio",
 }
 
 
@@ -150,7 +153,54 @@ def test_inspect_gives_a_verdict(shell: Shell, checkpoint: Path) -> None:
     status, out, _ = shell("inspect", checkpoint, "--prompt", "hi", "--max-new-tokens", 12)
     assert status == 0
     assert "Verdict:" in out
+    assert [row["check"] for row in record["checks"]] == ["full"]  # nothing is cheaper here
     assert record["verdict"].split(":")[0] in out
+
+
+def test_inspect_judges_by_time_and_generate_predicts_from_then_on(
+    shell: Shell, checkpoint: Path, own_timings: Path
+) -> None:
+    """``generate`` measures nothing itself; what ``inspect`` measured it finds, per backbone."""
+    base = ["generate", checkpoint, "--prompt", "hi", "--max-new-tokens", 4, "--backbone"]
+    assert shell.json(*base, "hf")["predicted_seconds"] is None
+    assert not list(own_timings.iterdir())
+    inspect = ["inspect", checkpoint, "--prompt", "hi", "--max-new-tokens", 4]
+    record = shell.json(*inspect, "--backbone", "hf")
+    assert record["timing"].keys() >= {
+        "layer_microseconds",
+        "head_microseconds",
+        "key_microseconds",
+    }
+    assert (record["backbone"], record["weights"]) == ("hf", "fp32")
+    assert " the time" in record["verdict"]
+    assert len(list(own_timings.iterdir())) == 1
+    assert shell.json(*inspect, "--backbone", "hf")["timing"] == record["timing"]  # not again
+    known = shell.json(*base, "hf")
+    assert known["predicted_seconds"] > 0
+    assert known["predicted_ratio"] == 1
+    assert shell.json(*base, "hf", "--exit", 2)["predicted_ratio"] < 1
+    assert shell.json(*base, "fast", "--weights", "int8")["predicted_seconds"] is None
+    assert "seconds predicted" in shell(*base, "hf")[2]
+    assert "Measured here" in shell(*inspect, "--backbone", "hf")[1]
+
+
+@pytest.mark.parametrize(("head", "words"), [(1e-6, ""), (1.0, "cannot pay for itself")])
+def test_a_plan_that_cannot_pay_draws_one_line(
+    shell: Shell, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, head: float, words: str
+) -> None:
+    """On stderr, and only where times are known; every draft costs a head that takes a second."""
+    base = ["generate", checkpoint, "--prompt", "hi", "--max-new-tokens", 4, "--json"]
+    draft = [*base, "--draft", 5]
+    assert shell(*draft)[2] == ""
+    layer = ((1, 1e-3), (8, 1.1e-3))
+    path = ((1, head + 1e-3), (6, head + 6e-3))
+    known = Constants(layer=layer, pair=0, key=0, head=((1, head),), fill=layer, path=path, step=0)
+    monkeypatch.setattr("offramp.timing.known", lambda _backbone: known)
+    assert shell(*base)[::2] == (0, "")
+    status, _, err = shell(*draft)
+    assert status == 0
+    assert words in err
+    assert err.count("\n") == bool(words)
 
 
 def test_trace_records_and_replays(shell: Shell, checkpoint: Path, tmp_path: Path) -> None:
@@ -166,6 +216,34 @@ def test_trace_records_and_replays(shell: Shell, checkpoint: Path, tmp_path: Pat
     status, out, _ = shell(*base, "--threshold", "margin=2:0.05,4:0.05")
     assert status == 0
     assert "would leave at depth" in out
+
+
+def test_exits_are_checked_as_told(shell: Shell, checkpoint: Path, tmp_path: Path) -> None:
+    """Each check runs, is counted apart, replays in a trace, and is part of the plan."""
+    base = [checkpoint, "--prompt", "hi", "--max-new-tokens", 10]
+    full = shell.json("generate", *base, "--threshold", "margin=2:0.05,4:0.05")
+    assert full["plan"]["run"]["check"] == {"kind": "full"}
+    for check, kind in (
+        ("full", "full"),
+        ("shortlist:257", "shortlist"),
+        ("low-rank:32", "low_rank"),
+    ):
+        options = ["--threshold", "margin=2:0.05,4:0.05", "--check", check]
+        record = shell.json("generate", *base, *options)
+        assert record["plan"]["run"]["check"]["kind"] == kind
+        assert record["outputs"] == full["outputs"]  # nothing is left out by any of them
+        assert (record["check_rows"] == 0) == (kind == "full")
+        file = tmp_path / "t.safetensors"
+        assert shell.json("trace", *base, *options, "--exits", "2,4", "--out", file)["replay"]
+        assert load_trace(file).check == check
+    path = tmp_path / "g.safetensors"
+    texts = [(list(b"some text of bytes, long enough"), 1)]
+    backbone = offramp.load(str(checkpoint)).backbone
+    offramp.fit_gate(offramp.record(backbone, texts, (2, 4), keep_hidden=True)).save(path)
+    options = ["--threshold", "gate=2:0.5,4:0.5", "--check", f"gate:{path}"]
+    record = shell.json("generate", *base, *options)
+    assert (record["head_rows"], record["check_rows"]) == (10, 0)
+    assert shell.json("trace", *base, *options)["replay"]["depth_histogram"]
 
 
 def test_version_and_help(shell: Shell) -> None:
@@ -193,6 +271,14 @@ def test_wrong_usage_is_found_before_a_model_loads(shell: Shell, tmp_path: Path)
         "finite": [*base, "--threshold", "max_prob=3:nan"],
         "not in the range": [*base, "--threshold", "max_prob=3:1.5"],
         "unknown signal": [*base, "--threshold", "mood=3:0.5"],
+        "give one": [*base, "--check", "shortlist:9"],
+        "--check 'half'": [*base, "--threshold", "max_prob=3:0.5", "--check", "half"],
+        "--check 'full:3'": [*base, "--threshold", "max_prob=3:0.5", "--check", "full:3"],
+        "--check 'shortlist:1'": [*base, "--threshold", "max_prob=3:0.5", "--check", "shortlist:1"],
+        "--check 'low-rank:-2'": [*base, "--threshold", "max_prob=3:0.5", "--check", "low-rank:-2"],
+        "--check 'gate:'": [*base, "--threshold", "gate=3:0.5", "--check", "gate:"],
+        "a gate has no other signal": [*base, "--threshold", "entropy=3:1", "--check", "gate:x"],
+        "does not go with the check full": [*base, "--threshold", "gate=3:0.5"],
         "is outside 1": [*base, "--exit", 0],
         "1 layer or more": [*base, "--draft", 0],
         "--max-new-tokens": [*base, "--max-new-tokens", 0],
@@ -214,6 +300,11 @@ def test_what_only_the_model_can_refuse(shell: Shell, checkpoint: Path, tmp_path
     shell.refused(2, "leaves the model's layers", *base, "--exit", 7)
     shell.refused(2, "some but not all", *base, "--draft", 6)
     shell.refused(2, "outside 1 to 5", *base, "--threshold", "max_prob=6:0.5")
+    low = ["--threshold", "max_prob=3:0.5", "--check"]
+    shell.refused(2, "longer than the vocabulary of 257", *base, *low, "shortlist:258")
+    shell.refused(2, "the model is 32 wide", *base, *low, "low-rank:33")
+    gate = ["--threshold", "gate=3:0.5", "--check", f"gate:{tmp_path / 'none'}"]
+    shell.refused(1, "cannot read the gates", "generate", tmp_path, "--prompt", "a", *gate)
     shell.refused(2, "256 including its answer", "generate", checkpoint, "--prompt", "x" * 300)
     foreign = tmp_path / "plan.json"
     other = {"name": "other", "num_layers": 6, "fingerprint": "00"}

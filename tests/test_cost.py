@@ -14,9 +14,11 @@ from torch import Tensor
 
 from offramp.backbone import Backbone, Shape
 from offramp.batch import Span
+from offramp.checks import FULL_HEAD, Check, LowRank, Shortlist
 from offramp.cost import (
     Figures,
     break_even_depth,
+    cheap_check_in_layers,
     check_in_layers,
     exit_ratio,
     fill_in_layers,
@@ -29,6 +31,7 @@ from offramp.decode import decode
 from offramp.meter import Meter
 from offramp.model import Model
 from offramp.policy import Threshold
+from offramp.probe import Readout
 from offramp.request import Request, Token
 from offramp.speculate import Draft, speculate
 
@@ -52,6 +55,7 @@ def shaped(
         fill_weights=kv,
         attention_size=heads * size,
         bytes_per_weight=2,
+        kv_bytes=4,
         head_bytes_per_weight=2,
     )
 
@@ -89,6 +93,7 @@ class Counting:
         self, shape: Shape, token: Callable[[int], int] = lambda _depth: 0, *, batched: bool = True
     ) -> None:
         self.shape, self.meter, self.fingerprint = shape, Meter(), ""
+        self.name, self.weights, self.build = "counting", "none", ""
         self.token, self.batched, self.ragged = token, batched, False
 
     def open(self) -> object:
@@ -104,11 +109,14 @@ class Counting:
 
     def run(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> Tensor:
         """Count: texts with equally many rows share a pass; position p looks at p + 1 keys."""
-        passes = len({len(span) for span in spans}) if self.batched else len(spans)
+        lengths = [len(span) for span in spans]
+        together = [n * lengths.count(n) for n in set(lengths)] if self.batched else lengths
         for _ in layers:
-            self.meter.layer_passes += passes
+            self.meter.layer_passes += len(together)
             self.meter.layer_tokens += len(hidden)
             self.meter.attended += sum(p + 1 for s in spans for p in range(s.start, s.stop))
+            self.meter.tally.layers.update(together)
+            self.meter.tally.keys += sum(span.stop for span in spans)
         return hidden
 
     def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:
@@ -119,9 +127,24 @@ class Counting:
         """Count, and return logits of this depth's one token."""
         self.meter.head_passes += 1
         self.meter.head_rows += len(hidden)
+        self.meter.tally.heads[len(hidden)] += 1
         logits = torch.zeros(len(hidden), 2)
         logits[:, self.token(depth)] = 1
         return logits
+
+    def shortlist(self, tokens: Tensor) -> Readout:
+        """Count, and return logits of equal entries."""
+        return lambda hidden, _depth: self.checked(len(hidden), len(tokens))
+
+    def low_rank(self, rank: int) -> Readout:
+        """Count, and return logits of equal entries."""
+        return lambda hidden, _depth: self.checked(len(hidden), 2)
+
+    def checked(self, rows: int, entries: int) -> Tensor:
+        """Count a cheap check."""
+        self.meter.check_passes += 1
+        self.meter.check_rows += rows
+        return torch.zeros(rows, entries)
 
     def trim(self, slot: object, length: int, *, first_layer: int = 0) -> None:
         """Forget nothing: there are no keys."""
@@ -174,6 +197,44 @@ def test_at_break_even_a_checked_token_costs_a_full_one(shape: Shape) -> None:
     assert depth + h == pytest.approx(latest + latest * h + f * (depth - latest))
 
 
+@LAW
+@given(
+    shapes.filter(lambda shape: shape.kv_weights <= shape.layer_weights),
+    st.sampled_from([Shortlist(size=2), LowRank(rank=1)]),
+    st.data(),
+)
+def test_where_a_cheap_check_breaks_even_a_token_costs_a_full_one(
+    shape: Shape, check: Check, data: st.DataObject
+) -> None:
+    """e layers, e cheap checks, L - e fills and a head: priced, and counted by the loop."""
+    weights, f = check.weights(shape), fill_in_layers(shape)
+    latest = break_even_depth(shape, weights)
+    c, depth = cheap_check_in_layers(shape, weights), shape.num_layers
+    assert depth == pytest.approx(latest + latest * c + f * (depth - latest))
+    stop = data.draw(st.integers(1, depth - 1))
+    never = tuple((d, math.inf) for d in range(1, stop))
+    backbone = Counting(shape)
+    policy, look = Threshold("max_prob", (*never, (stop, 0.0))), check.look(backbone)
+    new = decode(backbone, [Request([0, 0], 9)], policy, look=look, max_waiting=9)
+    next(new)
+    before = backbone.meter.copy()
+    assert len(list(islice(new, 8))) == 8
+    reads = weight_bytes(backbone.meter - before, shape, weights) / 8
+    layers = shape.bytes_per_weight * shape.layer_weights * stop * (1 + c)
+    assert reads == pytest.approx(layers + shape.head_bytes_per_weight * shape.head_weights)
+
+
+def test_a_small_models_check_can_cost_half_a_layer() -> None:
+    """Of SmolLM2's eight layers, 2,048 entries cost a third of one, and rank 32 under a half."""
+    shape = PUBLISHED["SmolLM2-135M"]
+    prices = {
+        str(check): round(cheap_check_in_layers(shape, check.weights(shape)), 3)
+        for check in (Shortlist(size=2048), Shortlist(size=4096), LowRank(rank=32))
+    }
+    assert prices == {"shortlist:2048": 0.333, "shortlist:4096": 0.667, "low-rank:32": 0.45}
+    assert FULL_HEAD.weights(shape) == 0  # its rows are the head's own
+
+
 @pytest.mark.parametrize("shape", PUBLISHED.values(), ids=PUBLISHED)
 @pytest.mark.parametrize("context", [1, 2, 1000])
 def test_a_token_at_full_depth_has_the_textbook_price(shape: Shape, context: int) -> None:
@@ -188,26 +249,29 @@ def test_a_token_at_full_depth_has_the_textbook_price(shape: Shape, context: int
 
 
 @LAW
-@given(shapes, st.integers(0, 9))
-def test_rows_are_operations_and_passes_are_bytes(shape: Shape, count: int) -> None:
+@given(shapes, st.integers(0, 9), st.integers(0, 99))
+def test_rows_are_operations_and_passes_are_bytes(shape: Shape, count: int, check: int) -> None:
     """Each count has one price in one view and none in the other; drafts have none of their own."""
     prices = {
         "layer_tokens": (2 * shape.layer_weights, 0),
         "head_rows": (2 * shape.head_weights, 0),
+        "check_rows": (2 * check, 0),
         "fill_rows": (2 * shape.fill_weights, 0),
         "attended": (4 * shape.attention_size, 0),
         "layer_passes": (0, shape.layer_weights),
         "head_passes": (0, shape.head_weights),
+        "check_passes": (0, check),
         "fill_passes": (0, shape.fill_weights),
         "drafted": (0, 0),
         "accepted": (0, 0),
     }
     assert set(prices) == set(Meter().as_dict())
     for name, (operations, weights) in prices.items():
-        work = Meter(**{name: count})
+        work = Meter()
+        setattr(work, name, count)
         size = shape.head_bytes_per_weight if name == "head_passes" else shape.bytes_per_weight
         expected = (count * operations, count * weights * size)
-        assert expected == (flops(work, shape), weight_bytes(work, shape))
+        assert expected == (flops(work, shape, check), weight_bytes(work, shape, check))
 
 
 texts = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 6)), max_size=7)
@@ -367,8 +431,10 @@ def test_figures_have_the_shared_names() -> None:
     shared = {
         *("tokens", "layer_passes", "layer_tokens", "head_rows", "fill_rows", "flops_ratio"),
         *("bytes_ratio", "seconds", "tokens_per_second", "mean_depth", "depth_histogram"),
+        *("predicted_seconds", "predicted_ratio"),
     }
     counters = {"drafted", "accepted", "head_passes", "fill_passes", "attended"}
+    counters |= {"check_passes", "check_rows"}
     work = full_depth([(3, 2)], PUBLISHED["SmolLM2-135M"], 1)
     assert shared | counters == set(figures(work, work, [30, 30]).as_dict())
 

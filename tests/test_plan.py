@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offramp.backbone import Backbone
+from offramp.checks import FULL_HEAD, FullHead, GateFile, LowRank, Shortlist
 from offramp.errors import OfframpError, UsageError
 from offramp.plan import Exit, Full, ModelId, Path, Plan, Run, Speculate, read_plan, write_plan
 from offramp.signals import registry
@@ -41,18 +42,26 @@ runs: dict[str, st.SearchStrategy[Any]] = {
         kv=st.sampled_from(["exact", "copy"]),
         max_waiting=st.integers(1, 99),
         exit_prompt=st.booleans(),
+        check=st.builds(FullHead)
+        | st.builds(Shortlist, size=st.integers(2, 99))
+        | st.builds(LowRank, rank=st.integers(1, 99))
+        | st.builds(GateFile, file=names),
     ),
     "speculate": st.builds(
         Speculate, draft=paths, tokens=st.integers(-9, 99), min_confidence=numbers
     ),
-    "path": st.builds(Path, layers=paths),
+    "path": st.builds(
+        Path,
+        layers=paths,
+        head=st.just(FULL_HEAD) | st.builds(Shortlist, size=st.integers(2, 2**31 - 1)),
+    ),
 }
 model_ids = st.builds(ModelId, name=names, num_layers=st.integers(), fingerprint=names)
 
 
 def backbone(fingerprint: str = "this one") -> Backbone:
     """What a plan looks at of a backbone."""
-    shape = SimpleNamespace(num_layers=LAYERS)
+    shape = SimpleNamespace(num_layers=LAYERS, vocab_size=9, hidden_size=8)
     return cast("Backbone", SimpleNamespace(shape=shape, fingerprint=fingerprint))
 
 
@@ -66,9 +75,10 @@ def example(kind: str) -> dict[str, Any]:
             "kv": "copy",
             "max_waiting": 3,
             "exit_prompt": True,
+            "check": {"kind": "shortlist", "size": 7},
         },
         "speculate": {"draft": [0, 1, 3], "tokens": 2, "min_confidence": 0.25},
-        "path": {"layers": [0, 2, 5]},
+        "path": {"layers": [0, 2, 5], "head": {"kind": "shortlist", "size": 9}},
     }
     model = {"name": "tiny", "num_layers": LAYERS, "fingerprint": "this one"}
     return {"format": 1, "model": model, "run": {"kind": kind, **run[kind]}}
@@ -86,6 +96,8 @@ def named(kind: str, keys: Keys) -> str:
     """How a message names these keys."""
     first, *others = keys
     inner = [kind] if first == "run" and others else []
+    if others[:1] in (["check"], ["head"]) and others[1:]:
+        others.insert(1, "shortlist")  # as in the example
     return ".".join(map(str, [first, *inner, *others]))
 
 
@@ -189,12 +201,17 @@ def test_an_unknown_key_is_named(tmp_path: FilePath, kind: str, keys: Keys) -> N
         ("exit", ["run", "kv"], ["both", None, True]),
         ("exit", ["run", "max_waiting"], [0, -1, "3", 3.5, None, True, math.nan, math.inf]),
         ("exit", ["run", "exit_prompt"], ["true", 1, 0, None]),
+        ("exit", ["run", "check"], [None, "full", [], {}, {"kind": "half"}, {"kind": "gate"}]),
+        ("exit", ["run", "check"], [{"kind": "full", "size": 7}, {"kind": "low_rank", "rank": 0}]),
+        ("exit", ["run", "check", "size"], [1, -3, 2**31, 7.0, "7", None, True, math.nan]),
         ("speculate", ["run", "draft"], [None, 2, "01", {"0": 1}]),
         ("speculate", ["run", "draft", 1], ["1", 1.5, None, True, math.nan]),
         ("speculate", ["run", "tokens"], ["2", 2.5, None, True, math.nan, math.inf]),
         ("speculate", ["run", "min_confidence"], ["0.5", None, True, math.nan, math.inf]),
         ("path", ["run", "layers"], [None, 2, "01"]),
         ("path", ["run", "layers", 0], ["0", 0.5, None, False, math.nan]),
+        ("path", ["run", "head"], [None, "full", {}, {"kind": "low_rank", "rank": 2}]),
+        ("path", ["run", "head", "size"], [1, -3, 2**31, 7.0, "7", None, True, math.nan]),
     ],
 )
 def test_a_wrong_value_is_named(
@@ -270,6 +287,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: FilePath) -> None:
         Exit(signal="max_prob", thresholds={5: 0.0, 1: 1.0, 3: 0.5}),
         Exit(signal="saturation", thresholds={1: -1.0, 2: 1.0}),
         Exit(signal="patience", thresholds={1: 3.0}),
+        Exit(signal="entropy", thresholds={2: 0.5}, check=Shortlist(size=9)),
+        Exit(signal="entropy", thresholds={2: 0.5}, check=LowRank(rank=8)),
         *(Speculate(draft=tuple(range(depth))) for depth in range(1, LAYERS)),
         Speculate(draft=(0, 2, 5), tokens=1, min_confidence=1.0),
         Path(layers=(0,)),
@@ -299,6 +318,10 @@ def test_a_plan_that_fits_is_accepted(run: Run) -> None:
         (Exit(signal="saturation", thresholds={3: -1.1}), "threshold -1.1 at exit 3"),
         (Exit(signal="patience", thresholds={3: -1.0}), "threshold -1.0 at exit 3"),
         (Exit(signal="guess", thresholds={3: 0.5}), "'guess'.*max_prob"),
+        (Exit(signal="margin", thresholds={3: 0.5}, check=Shortlist(size=10)), "vocabulary of 9"),
+        (Exit(signal="margin", thresholds={3: 0.5}, check=LowRank(rank=9)), "8 wide"),
+        (Exit(signal="gate", thresholds={3: 0.5}), "'gate' does not go with the check full"),
+        (Exit(signal="margin", thresholds={3: 0.5}, check=GateFile(file="g")), "no other signal"),
         (Path(layers=()), "one or more"),
         (Path(layers=(0, 6)), "0 to 5"),
         (Path(layers=(-1, 0)), "0 to 5"),

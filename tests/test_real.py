@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import offramp
+from offramp.checks import Check, LowRank, Shortlist
 from offramp.decode import decode
 from offramp.hf.open import open_model
 from offramp.inspection import PROMPTS, judge
@@ -61,6 +62,32 @@ def test_replay_is_the_loop_on_a_real_model(smol: offramp.Model) -> None:
     assert len(set(depths)) >= 2
     trace = record(backbone, [(ids + text, len(ids))], (21, 27))
     assert depths == replay(trace, policy, max_waiting=4).depths.tolist()
+
+
+@pytest.mark.real
+@pytest.mark.timeout(600)
+def test_a_shortlist_decides_as_the_full_head_and_a_low_rank_does_not(smol: offramp.Model) -> None:
+    """Share of the same decisions at five exits: of 2,000 of them, one in forty differs at most.
+
+    This head has no low rank to speak of: its checks decide little better than a coin. If that
+    ever changes, so should the docs.
+    """
+    ids = [encode(smol.tokenizer, prompt) for prompt in PROMPTS]
+    requests = [Request(prompt, 40, eos=smol.eos) for prompt in ids]
+    answers, _ = collected(decode(smol.backbone, requests), len(ids))
+    texts = [(p + answer, len(p)) for p, answer in zip(ids, answers, strict=True)]
+    exits = (12, 18, 21, 24, 27)
+    full = record(smol.backbone, texts, exits).scores["max_prob"]
+    assert full.numel() >= 900
+
+    def same(check: Check, threshold: float) -> float:
+        seen = record(smol.backbone, texts, exits, check=check).scores["max_prob"]
+        return ((seen >= threshold) == (full >= threshold)).float().mean().item()
+
+    for threshold, floor in ((0.5, 0.96), (0.9, 0.98)):
+        assert 0.1 < (full >= threshold).float().mean().item() < 0.9
+        assert same(Shortlist(size=4096), threshold) >= floor
+        assert 0.4 < same(LowRank(rank=32), threshold) < 0.7
 
 
 def test_stories_are_the_same_with_any_draft() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from offramp.backbone import Backbone
 from offramp.decode import decode
 from offramp.errors import UsageError
+from offramp.meter import Meter
 from offramp.request import Pool, Request, Token, Writer, check_request
 
 CONTEXT = 12
@@ -25,6 +26,7 @@ class Slots:
 
     def __init__(self) -> None:
         self.shape = SimpleNamespace(context=CONTEXT, num_layers=2)
+        self.meter = Meter()
         self.opened: list[object] = []
         self.closed: list[object] = []
         self.most = 0
@@ -65,6 +67,9 @@ class Running(Slots):
             raise RuntimeError("out of memory")
         self.worked += 1
         return torch.zeros(sum(map(len, spans)), 1)
+
+    def trim(self, _slot: object, _length: int, *, first_layer: int = 0) -> None:
+        """Forget nothing: there are no keys."""
 
     def run(self, _layers: Any, hidden: torch.Tensor, _spans: Any) -> torch.Tensor:
         """Change nothing."""

@@ -154,6 +154,18 @@ class Rows:
     def __init__(self) -> None:
         self.by_layer: dict[str, Counter[int]] = defaultdict(Counter)
         self.head = 0
+        self.check = 0
+        self.calls: dict[str, Counter[int]] = defaultdict(Counter)
+        """How many calls had so many rows, by kind; of the layers together."""
+
+    def add(self, kind: str, layer: int, rows: int) -> None:
+        self.calls[kind][rows] += 1
+        if kind == "head":
+            self.head += rows
+        elif kind == "check":
+            self.check += rows
+        else:
+            self.by_layer[kind][layer] += rows
 
     def total(self, kind: str) -> int:
         return sum(self.by_layer[kind].values())
@@ -164,11 +176,8 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
     """Count real rows, by hooks or by the kernels, and hold law 6: the meter is the work."""
     rows, before = Rows(), backbone.meter.copy()
     if isinstance(backbone, FastBackbone):
-        earlier = backbone.multiplied()
-        try:
+        with _watched(backbone, rows):
             yield rows
-        finally:
-            _subtract(backbone.multiplied(), earlier, rows)
     elif isinstance(backbone, GraphBackbone):
         with _padded(backbone, rows):
             yield rows
@@ -185,15 +194,57 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
     if "mlp" in rows.by_layer:  # experts are no modules that a hook could see
         assert rows.total("mlp") == work.layer_tokens
     assert rows.head == work.head_rows
+    assert rows.check == work.check_rows
+    assert rows.calls["key"] == work.tally.layers + work.tally.fills
+    assert rows.calls["output"] == work.tally.layers
+    assert rows.calls["head"] == work.tally.heads
+    assert rows.calls["check"] == work.tally.checks
+    assert_sums(work)
+
+
+def assert_sums(work: Meter) -> None:
+    """The tallies by rows add up to the totals."""
+    tally = work.tally
+    for passes, rows, by_rows in (
+        (work.layer_passes, work.layer_tokens, tally.layers),
+        (work.head_passes, work.head_rows, tally.heads),
+        (work.fill_passes, work.fill_rows, tally.fills),
+        (work.check_passes, work.check_rows, tally.checks),
+    ):
+        assert passes == by_rows.total()
+        assert rows == sum(count * size for size, count in by_rows.items())
+
+
+@contextmanager
+def _watched(backbone: FastBackbone, rows: Rows) -> Iterator[None]:
+    """Ask the kernels after every call what it multiplied."""
+
+    def watch(name: str) -> None:
+        inner = getattr(backbone, name)
+
+        def call(*args: Any) -> Any:
+            earlier = backbone.multiplied()
+            result = inner(*args)
+            _subtract(backbone.multiplied(), earlier, rows)
+            return result
+
+        setattr(backbone, name, call)
+
+    names = ("run", "fill", "_read")
+    try:
+        for name in names:
+            watch(name)
+        yield
+    finally:
+        for name in names:
+            backbone.__dict__.pop(name, None)
 
 
 def _subtract(later: list[dict[str, int]], earlier: list[dict[str, int]], rows: Rows) -> None:
     for index, (now, then) in enumerate(zip(later, earlier, strict=True)):
         for kind, count in now.items():
-            if kind == "head":
-                rows.head += count - then[kind]
-            elif count > then[kind]:
-                rows.by_layer[kind][index] += count - then[kind]
+            if count > then[kind]:
+                rows.add(kind, index, count - then[kind])
 
 
 @contextmanager
@@ -220,22 +271,28 @@ def _padded(backbone: GraphBackbone, rows: Rows) -> Iterator[None]:
             for kind, by_layer in seen.items():
                 assert by_layer == dict.fromkeys(layers, bucket(len(hidden)))
                 if kind != "gate_up":
-                    rows.by_layer[kind].update(dict.fromkeys(layers, len(hidden)))
+                    for layer in by_layer:
+                        rows.add(kind, layer, len(hidden))
             return result
 
         return watched
 
     def head(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows.head += len(args[0])
+        rows.add("head", 0, len(args[0]))
 
-    hook = backbone.model.get_output_embeddings().register_forward_pre_hook(head)
+    def check(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows.add("check", 0, len(args[0]))
+
+    hooks = [backbone.model.get_output_embeddings().register_forward_pre_hook(head)]
+    hooks += [cheap.register_forward_pre_hook(check) for cheap in backbone.cheap.values()]
     changed = {"multiply": one, "multiply_stretch": several}
     backbone.layers.__dict__.update(changed)
     backbone.__dict__.update({name: call(getattr(backbone, name)) for name in ("run", "fill")})
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         for name in changed:
             del backbone.layers.__dict__[name]
         del backbone.__dict__["run"], backbone.__dict__["fill"]
@@ -249,14 +306,19 @@ def _hooks(backbone: HFBackbone, rows: Rows) -> Iterator[Any]:
                 def count(
                     _m: nn.Module, args: tuple[Tensor, ...], kind: str = kind, index: int = index
                 ) -> None:
-                    rows.by_layer[kind][index] += args[0][..., 0].numel()
+                    rows.add(kind, index, args[0][..., 0].numel())
 
                 yield module.register_forward_pre_hook(count)
 
     def head(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows.head += args[0][..., 0].numel()
+        rows.add("head", 0, args[0][..., 0].numel())
+
+    def check(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows.add("check", 0, args[0][..., 0].numel())
 
     yield backbone.model.get_output_embeddings().register_forward_pre_hook(head)
+    for cheap in backbone.cheap.values():  # those made inside a count would be missed: make first
+        yield cheap.register_forward_pre_hook(check)
 
 
 def _ending(layer: nn.Module, names: Sequence[str]) -> list[nn.Module]:

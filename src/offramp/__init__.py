@@ -13,7 +13,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from offramp.checks import GateFile, LowRank, Shortlist
     from offramp.errors import OfframpError, UnsupportedModelError, UsageError
+    from offramp.gate import fit_gate
     from offramp.hf.door import custom_generate
     from offramp.model import Model, Output, Piece, Result, load
     from offramp.plan import Exit, Full, Path, Plan, Speculate, read_plan, write_plan
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "checks": ("GateFile", "LowRank", "Shortlist"),
     "errors": ("OfframpError", "UnsupportedModelError", "UsageError"),
+    "gate": ("fit_gate",),
     "hf.door": ("custom_generate",),
     "model": ("Model", "Output", "Piece", "Result", "load"),
     "plan": ("Exit", "Full", "Path", "Plan", "Speculate", "read_plan", "write_plan"),
@@ -34,6 +38,8 @@ _HOMES = {
 __all__ = [
     "Exit",
     "Full",
+    "GateFile",
+    "LowRank",
     "Model",
     "OfframpError",
     "Output",
@@ -42,11 +48,13 @@ __all__ = [
     "Plan",
     "Result",
     "Sampling",
+    "Shortlist",
     "Speculate",
     "Trace",
     "UnsupportedModelError",
     "UsageError",
     "custom_generate",
+    "fit_gate",
     "load",
     "load_trace",
     "read_plan",

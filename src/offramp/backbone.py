@@ -10,6 +10,7 @@ from torch import Tensor
 
 from offramp.batch import Span
 from offramp.meter import Meter
+from offramp.probe import Readout
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Shape:
     attention_size: int
     """Query heads times head size: context cost per key is 4 x this many operations."""
     bytes_per_weight: float
+    kv_bytes: float
+    """Bytes of one stored coordinate of a key or value, steps included."""
     head_bytes_per_weight: float
     """The vocabulary head may be held more precisely than the layers."""
 
@@ -44,6 +47,12 @@ class Backbone(Protocol):
 
     shape: Shape
     meter: Meter
+    name: str
+    """What kind it is, as the command line names it: "fast" or "hf"."""
+    weights: str
+    """How it holds its weights: "fp32", "bf16", "int8", "int4"."""
+    build: str
+    """Which code it runs by: a change of it may change the time a layer takes."""
     batched: bool
     """Whether several texts share a call; else they run one by one."""
     ragged: bool
@@ -75,6 +84,15 @@ class Backbone(Protocol):
 
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
         """Return logits ``[N, V]`` of states ``[N, D]`` after ``depth`` layers."""
+
+    def shortlist(self, tokens: Tensor) -> Readout:
+        """Return a readout of these vocabulary entries alone: logits ``[N, len(tokens)]``.
+
+        It and :meth:`low_rank` are for checks; their rows are counted apart from the full head's.
+        """
+
+    def low_rank(self, rank: int) -> Readout:
+        """Return a readout by the head's best approximation of this rank: logits ``[N, V]``."""
 
     def trim(self, slot: Any, length: int, *, first_layer: int = 0) -> None:
         """Forget positions from ``length`` on in every layer from ``first_layer`` on."""

@@ -1,36 +1,76 @@
-"""Prices: from counted rows and passes to operations and bytes of weights, and what would pay.
+"""Prices: from counted rows and passes to operations, bytes and seconds, and what would pay.
 
 One model of cost for every door. All terms are there: layers, attention by context, exit checks,
-key and value fill, draft work thrown away. Two views, because machines differ: *flops* is what a
-compute-bound step costs, *bytes* (weights read) what a memory-bound one does.
+key and value fill, draft work thrown away. Two views need no measurement: *flops* is what a
+compute-bound step costs, *bytes* (weights read) what a memory-bound one does. Where a machine was
+measured, *seconds* says what both together do.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from offramp.backbone import Shape
 from offramp.meter import Meter
+from offramp.timing import Constants
+
+_CONTEXT = 256
+"""Tokens before the ones predicted, where nobody says how many."""
+_MAX_WAITING = 16
+"""Tokens that wait before a full-depth step, by default."""
 
 
-def flops(work: Meter, shape: Shape) -> float:
-    """Return operations: two per weight and row, four per key, head dimension and row."""
+def flops(work: Meter, shape: Shape, check_weights: int = 0) -> float:
+    """Return operations: two per weight and row, four per key, head dimension and row.
+
+    ``check_weights`` are those that one row of a cheap exit check multiplies.
+    """
     return 2.0 * (
         shape.layer_weights * work.layer_tokens
         + shape.head_weights * work.head_rows
+        + check_weights * work.check_rows
         + shape.fill_weights * work.fill_rows
         + 2 * shape.attention_size * work.attended
     )
 
 
-def weight_bytes(work: Meter, shape: Shape) -> float:
-    """Return bytes of weights read, each pass reading its module's weights once."""
+def weight_bytes(work: Meter, shape: Shape, check_weights: int = 0) -> float:
+    """Return bytes of weights read, each pass reading its module's weights once.
+
+    A cheap check's weights are held as precisely as the layers', not as the head's.
+    """
+    checks = check_weights * work.check_passes
     layers = shape.layer_weights * work.layer_passes + shape.fill_weights * work.fill_passes
     head = shape.head_weights * work.head_passes
-    return shape.bytes_per_weight * layers + shape.head_bytes_per_weight * head
+    return shape.bytes_per_weight * (layers + checks) + shape.head_bytes_per_weight * head
+
+
+def seconds(
+    work: Meter, constants: Constants, shape: Shape | None = None, check_weights: int = 0
+) -> float:
+    """Return the predicted time of this work on the machine that was measured.
+
+    A cheap exit check of ``check_weights`` weights takes its part, by bytes, of the head's time; it
+    needs ``shape``.
+    """
+    tally = work.tally
+    layers = sum(n * constants.layer_seconds(rows) for rows, n in tally.layers.items())
+    # A layer's time holds the attention of a text's first rows to each other; the rest is apart.
+    own = sum(n * rows * (rows + 1) // 2 for rows, n in tally.layers.items())
+    attention = constants.pair * (work.attended - own) + constants.key * (
+        tally.keys - work.layer_tokens
+    )
+    heads = sum(n * constants.head_seconds(rows) for rows, n in tally.heads.items())
+    fills = sum(n * constants.fill_seconds(rows) for rows, n in tally.fills.items())
+    checks = sum(n * constants.head_seconds(rows) for rows, n in tally.checks.items())
+    if shape is not None and check_weights:
+        checks *= check_in_heads(shape, check_weights)
+    kept = constants.kept_seconds(work.layer_passes / tally.steps) if tally.steps else 0.0
+    steps = tally.steps * (constants.step + kept)
+    return layers + attention + heads + checks + fills + steps
 
 
 def full_depth(
@@ -48,20 +88,28 @@ def full_depth(
     backbone runs texts one by one.
     """
     work = Meter()
-    queue, active = list(reversed(texts)), list[tuple[int, int]]()
+    queue, active = list(reversed(texts)), list[tuple[range, int]]()
     while queue or active:
         fresh = [queue.pop() for _ in range(min(batch_size - len(active), len(queue)))]
-        groups = [prompt for prompt, _ in fresh] + [1] * len(active)
-        passes = 1 if ragged else len(set(groups)) if batched else len(groups)
-        work.layer_passes += shape.num_layers * passes
-        work.head_passes += 1
-        active = [(prompt, left - 1) for prompt, left in active + fresh if left > 1]
-    for prompt, new in texts:
-        rows = prompt + new - 1
-        work.head_rows += new
-        work.layer_tokens += shape.num_layers * rows
-        work.attended += shape.num_layers * rows * (rows + 1) // 2
+        active += [(range(prompt), new) for prompt, new in fresh]
+        for spans in _passes([span for span, _ in active], batched=batched, ragged=ragged):
+            work.ran(shape.num_layers, spans)
+        work.read(len(active))
+        work.tally.steps += 1
+        active = [(range(s.stop, s.stop + 1), left - 1) for s, left in active if left > 1]
     return work
+
+
+def _passes(spans: Sequence[range], *, batched: bool, ragged: bool) -> Iterable[Sequence[range]]:
+    """Return the positions that share a pass."""
+    if ragged:
+        return [spans]
+    if not batched:
+        return [[span] for span in spans]
+    by_rows: dict[int, list[range]] = defaultdict(list)
+    for span in spans:
+        by_rows[len(span)].append(span)
+    return by_rows.values()
 
 
 def check_in_layers(shape: Shape) -> float:
@@ -70,49 +118,159 @@ def check_in_layers(shape: Shape) -> float:
     return precision * shape.head_weights / shape.layer_weights
 
 
+def cheap_check_in_layers(shape: Shape, check_weights: int) -> float:
+    """Return the same of a cheap check, held as precisely as the layers, of so many weights."""
+    return check_weights / shape.layer_weights
+
+
+def check_in_heads(shape: Shape, check_weights: int) -> float:
+    """Return the bytes that a cheap check of so many weights reads, one readout = 1."""
+    return cheap_check_in_layers(shape, check_weights) / check_in_layers(shape)
+
+
 def fill_in_layers(shape: Shape) -> float:
     """Return the cost of one layer's keys and values, one layer = 1."""
     return shape.kv_weights / shape.layer_weights
 
 
-def break_even_depth(shape: Shape) -> float:
+def break_even_depth(shape: Shape, check_weights: int = 0) -> float:
     """Return the deepest exit that pays when every layer is checked and skipped layers filled.
 
     A token leaving at e costs e checks, e layers and L - e fills; the full model L layers and one
-    head: e = (L + h - f L) / (1 + h - f).
+    head: e = (L + h - f L) / (1 + h - f). A cheap check of c layers leaves the head to run once
+    for the token, as in the full model: e = (L - f L) / (1 + c - f).
     """
     h, f, depth = check_in_layers(shape), fill_in_layers(shape), shape.num_layers
+    if check_weights:
+        return depth * (1 - f) / (1 + cheap_check_in_layers(shape, check_weights) - f)
     return (depth + h - f * depth) / (1 + h - f)
 
 
-def exit_ratio(shape: Shape, exits: Sequence[int], shares: Sequence[float]) -> float:
-    """Return the predicted weight reads per token against full depth, exits that wait.
+@dataclass(frozen=True)
+class Prices:
+    """What the parts of a step cost: seconds where measured, else weights read in layers."""
+
+    shape: Shape
+    constants: Constants | None = None
+    context: int = _CONTEXT
+
+    def layers(self, count: int, rows: float = 1) -> float:
+        """Return the price of ``count`` layers for ``rows`` new rows of one text."""
+        if self.constants is None:
+            return count
+        return count * self.constants.layer_seconds(rows, self.context)
+
+    def head(self, rows: float = 1) -> float:
+        """Return the price of a readout."""
+        if self.constants is None:
+            return check_in_layers(self.shape)
+        return self.constants.head_seconds(rows)
+
+    def fill(self, count: int) -> float:
+        """Return the price of the keys and values of ``count`` layers for one row."""
+        if self.constants is None:
+            return count * fill_in_layers(self.shape)
+        return count * self.constants.fill_seconds(1)
+
+    def step(self, depth: float) -> float:
+        """Return the price of a step of ``depth`` layers beside its layers and heads."""
+        if self.constants is None:
+            return 0.0
+        return self.constants.step + self.constants.kept_seconds(depth)
+
+    @property
+    def full(self) -> float:
+        """Return the price of a token at full depth."""
+        depth = self.shape.num_layers
+        return self.step(depth) + self.layers(depth) + self.head()
+
+
+def path_ratio(
+    shape: Shape,
+    depth: int,
+    constants: Constants | None = None,
+    context: int = _CONTEXT,
+    *,
+    head: float = 1.0,
+) -> float:
+    """Return the predicted cost per token of a sub-model of ``depth`` layers against full depth.
+
+    Time where constants are given, for one text of ``context`` tokens; else weights read. ``head``
+    is what its readout costs, the full one = 1.
+    """
+    price = Prices(shape, constants, context)
+    return (price.step(depth) + price.layers(depth) + head * price.head()) / price.full
+
+
+def exit_ratio(
+    shape: Shape,
+    exits: Sequence[int],
+    shares: Sequence[float],
+    constants: Constants | None = None,
+    context: int = _CONTEXT,
+    *,
+    copy: bool = False,
+    check: float | None = None,
+) -> float:
+    """Return the predicted cost per token of leaving early against full depth.
+
+    Time where constants are given, for one text of ``context`` tokens; else weights read. Tokens
+    that wait go through the deeper layers with the next one that gets there: no weights are read
+    for them, but the more rows take time.
 
     Args:
         shape: the model.
         exits: where a full-vocabulary check is made, ascending.
         shares: the share of tokens that leave at each exit; the rest runs to the end.
+        constants: of the machine and backbone, where measured.
+        context: tokens before the ones predicted.
+        copy: skipped layers are filled at once, instead of tokens waiting for them.
+        check: cost of a cheap check, one readout = 1; None for the full head, which then has read
+            out the token that leaves.
     """
-    h, depth = check_in_layers(shape), shape.num_layers
-    stay, cost = 1.0, 0.0
-    for checks, (stop, share) in enumerate(zip(exits, shares, strict=True), 1):
-        cost += share * (stop + checks * h)
-        stay -= share
-    cost += stay * (depth + (len(exits) + 1) * h)
-    return cost / (depth + h)
+    price, depth = Prices(shape, constants, context), shape.num_layers
+    going, start, run = 1.0, 0, 0.0
+    cost = 0.0 if check is None else price.head()
+    for stop, share in zip((*exits, depth), (*shares, 0.0), strict=True):
+        passes, rows = going, 1.0
+        if constants is not None and not copy:
+            passes = max(going, 1 / (1 + _MAX_WAITING))  # a full queue forces one
+            rows = 1 / passes
+        cost += passes * price.layers(stop - start, rows)
+        run += passes * (stop - start)
+        if check is None:
+            cost += going * price.head()
+        elif stop < depth:
+            cost += going * check * price.head()
+        if copy:
+            cost += share * price.fill(depth - stop)
+        going, start = going - share, stop
+    return (cost + price.step(run)) / price.full
 
 
-def speculation_ratio(shape: Shape, depth: int, tokens: int, agreement: float) -> float:
-    """Return the predicted weight reads per token of self-speculation against plain decoding.
+def speculation_ratio(
+    shape: Shape,
+    depth: int,
+    tokens: int,
+    agreement: float,
+    constants: Constants | None = None,
+    context: int = _CONTEXT,
+) -> float:
+    """Return the predicted cost per token of self-speculation against plain decoding.
 
-    Each of ``tokens`` drafts costs ``depth`` layers and a head; the confirming step reads the other
-    layers' weights once for all rows. A run of right drafts is geometric in ``agreement``
+    Time where constants are given, for one text of ``context`` tokens; else weights read. Each of
+    ``tokens`` drafts costs ``depth`` layers and a head; the confirming step runs the other layers
+    and the head for all rows at once. A run of right drafts is geometric in ``agreement``
     (Leviathan et al. 2023, equation 1).
     """
-    h, layers = check_in_layers(shape), shape.num_layers
+    price = Prices(shape, constants, context)
     written = sum(agreement**i for i in range(tokens + 1))
-    # The last drafted token has not run the draft's layers yet, so the confirming step reads them.
-    return (tokens * (depth + h) + layers + h) / (written * (layers + h))
+    every = shape.num_layers  # drafts and confirmations take turns: the cache sees all layers
+    draft = price.step(every) + price.layers(depth) + price.head()
+    # The last drafted token has not run the draft's layers yet, so the confirming step runs them.
+    confirm = price.step(every) + price.layers(depth) + price.head(tokens + 1)
+    confirm += price.layers(shape.num_layers - depth, tokens + 1)
+    return (tokens * draft + confirm) / (written * price.full)
 
 
 @dataclass(frozen=True)
@@ -125,18 +283,32 @@ class Figures:
     work: Meter
     baseline: Meter
     shape: Shape
+    check_weights: int = 0
+    """Weights that one row of the run's cheap exit check multiplies."""
+    constants: Constants | None = None
+    """Of the machine and backbone, where they were measured."""
 
     def as_dict(self) -> dict[str, object]:
-        """Return the figures by name; ratios are against full depth over the same tokens."""
+        """Return the figures by name; ratios are against full depth over the same tokens.
+
+        What a machine that was not measured would take is None.
+        """
         counted = sorted(Counter(self.depths).items())
+        done, whole = (self.work, self.shape, self.check_weights), (self.baseline, self.shape)
+        known = self.constants
+        predicted = (
+            None if known is None else seconds(self.work, known, self.shape, self.check_weights)
+        )
         return {
             "tokens": self.tokens,
             **self.work.as_dict(),
-            "flops_ratio": _ratio(flops(self.work, self.shape), flops(self.baseline, self.shape)),
-            "bytes_ratio": _ratio(
-                weight_bytes(self.work, self.shape), weight_bytes(self.baseline, self.shape)
-            ),
+            "flops_ratio": _ratio(flops(*done), flops(*whole)),
+            "bytes_ratio": _ratio(weight_bytes(*done), weight_bytes(*whole)),
             "seconds": self.seconds,
+            "predicted_seconds": predicted,
+            "predicted_ratio": None
+            if known is None or predicted is None
+            else _ratio(predicted, seconds(self.baseline, known)),
             "tokens_per_second": _ratio(self.tokens, self.seconds),
             "mean_depth": sum(self.depths) / max(len(self.depths), 1),
             "depth_histogram": {str(depth): count for depth, count in counted},

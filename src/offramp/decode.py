@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from offramp.backbone import Backbone
 from offramp.policy import FULL, Policy, check_exits
+from offramp.probe import Readout
 from offramp.request import Pool, Request, Token
 from offramp.step import KV, step
 
@@ -20,6 +21,8 @@ def decode(
     *,
     layers: Sequence[int] | None = None,
     kv: KV = "exact",
+    look: Readout | None = None,
+    head: Readout | None = None,
     max_waiting: int = MAX_WAITING,
     exit_prompt: bool = False,
     batch_size: int = 8,
@@ -32,6 +35,8 @@ def decode(
         policy: where to ask, and whether to leave.
         layers: the path every token runs, all layers by default.
         kv: what becomes of the layers that a leaving token skips.
+        look: what a check sees in place of the full head's logits (see :mod:`offramp.checks`).
+        head: what chooses the tokens at the end of the path, the backbone's own head by default.
         max_waiting: a text with so many waiting tokens takes one full-depth step.
         exit_prompt: whether the prompt, too, may leave early (its tokens then wait).
         batch_size: texts at once.
@@ -44,6 +49,8 @@ def decode(
             policy,
             layers=layers,
             kv=kv,
+            look=look,
+            head=head,
             stay=[
                 not exit_prompt if writer.reading else writer.text.num_waiting >= max_waiting
                 for writer in writers

@@ -7,8 +7,12 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offramp.errors import OfframpError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -45,6 +49,25 @@ def write_text(path: Path, text: str) -> None:
         OfframpError: it cannot be written.
     """
     write_whole(path, lambda beside: _flushed(beside, text))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Raises:
+        OfframpError: it cannot be written.
+    """
+    write_whole(path, lambda beside: _saved(beside, tensors, metadata))
+
+
+def _saved(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # safetensors has its own words for a full disk
+        raise OSError(str(error)) from error
 
 
 def _flushed(path: Path, text: str) -> None:

@@ -9,14 +9,20 @@ import torch
 from torch import Tensor
 
 from offramp.backbone import Shape
+from offramp.checks import FULL_HEAD, Check, LowRank, Shortlist
 from offramp.cost import (
     break_even_depth,
+    cheap_check_in_layers,
+    check_in_heads,
     check_in_layers,
     exit_ratio,
     fill_in_layers,
+    path_ratio,
     speculation_ratio,
 )
+from offramp.plan import Exit, Full, Path, Run, Speculate
 from offramp.policy import Threshold
+from offramp.timing import Constants
 from offramp.trace import Trace, replay
 
 PROMPTS = (
@@ -32,8 +38,27 @@ PROMPTS = (
 _AGREE = 0.95
 """Agreement asked of a lossy exit before it is recommended: what LITE aims at."""
 _WORTH = 0.9
-"""A plan must be predicted to read at most this share of the weights to be called worth it."""
+"""A plan must be predicted to cost at most this share of plain decoding to be worth it."""
 _DRAFT_TOKENS = (1, 2, 3, 4, 6, 8)
+
+
+_CHECKS: tuple[Check, ...] = (
+    FULL_HEAD,
+    Shortlist(size=2048),
+    Shortlist(size=4096),
+    LowRank(rank=32),
+)
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """What one way of checking an exit costs, and for which exits it could pay."""
+
+    check: str
+    layers: float
+    """Weights read by one check, one layer = 1."""
+    break_even_depth: float
+    """With a check after every layer, the deepest exit that still pays."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +75,8 @@ class DepthRow:
     draft_tokens: int
     """Best draft length for self-speculation from here."""
     speculation_ratio: float
-    """Predicted weight reads of that speculation against plain decoding; under 1 is faster."""
+    """Predicted time of that speculation against plain decoding (weights read, where no time was
+    measured); under 1 is faster."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +89,35 @@ class Inspection:
     check_in_layers: float
     fill_in_layers: float
     break_even_depth: float
+    checks: tuple[CheckRow, ...]
+    """The full head and what would be cheaper on this model."""
     rows: tuple[DepthRow, ...]
     exits: tuple[int, ...]
     """Recommended exits: where a check could pay for itself, few of them."""
     exit_depth: float
     """Mean depth of leaving there by max_prob, at thresholds with 95% agreement."""
     exit_ratio: float
-    """Predicted weight reads of that against full depth, every check counted."""
+    """Predicted time of that against full depth (or weights read), every check counted."""
+    timing: dict[str, object] | None
+    """What was measured on this machine; None: predictions are of weights read."""
     verdict: str
     recipe: str
 
 
-def judge(trace: Trace, shape: Shape, *, batched: bool) -> Inspection:
-    """Judge every depth on a trace of the model's own greedy answers, recorded at all depths."""
-    rows = tuple(_row(trace, column, shape) for column in range(len(trace.exits)))
-    exits, depth, ratio = _exits(trace, rows, shape)
-    verdict, recipe = _verdict(rows, exits, ratio)
+def judge(
+    trace: Trace, shape: Shape, *, batched: bool, constants: Constants | None = None
+) -> Inspection:
+    """Judge every depth on a trace of the model's own greedy answers, recorded at all depths.
+
+    With constants of this machine what pays is judged by predicted time, for one text at a time and
+    contexts as long as these; else by weights read.
+    """
+    context = sum(trace.lengths) // len(trace.lengths)
+    rows = tuple(
+        _row(trace, column, shape, constants, context) for column in range(len(trace.exits))
+    )
+    exits, depth, ratio = _exits(trace, rows, shape, constants, context)
+    verdict, recipe = _verdict(rows, exits, ratio, measured=constants is not None)
     return Inspection(
         shape=shape,
         batched=batched,
@@ -86,19 +125,64 @@ def judge(trace: Trace, shape: Shape, *, batched: bool) -> Inspection:
         check_in_layers=check_in_layers(shape),
         fill_in_layers=fill_in_layers(shape),
         break_even_depth=break_even_depth(shape),
+        checks=tuple(_check_row(check, shape) for check in _CHECKS if _cheaper(check, shape)),
         rows=rows,
         exits=exits,
         exit_depth=depth,
         exit_ratio=ratio,
+        timing=None if constants is None else constants.summary(),
         verdict=verdict,
         recipe=recipe,
     )
 
 
-def _row(trace: Trace, column: int, shape: Shape) -> DepthRow:
+def _cheaper(check: Check, shape: Shape) -> bool:
+    return check.weights(shape) < shape.head_weights
+
+
+def _check_row(check: Check, shape: Shape) -> CheckRow:
+    weights = check.weights(shape)
+    price = cheap_check_in_layers(shape, weights) if weights else check_in_layers(shape)
+    return CheckRow(str(check), price, break_even_depth(shape, weights))
+
+
+def at_best(run: Run, shape: Shape, constants: Constants) -> float:
+    """Return the predicted time of a plan against full depth if every guess of it were right.
+
+    At 1 or more it cannot pay for itself, whatever the text.
+    """
+    match run:
+        case Full():
+            return 1.0
+        case Path():
+            head = _in_heads(run.head, shape)
+            return path_ratio(shape, len(run.layers), constants, head=1.0 if head is None else head)
+        case Exit():
+            exits = run.policy.exits
+            shares = [1.0] + [0.0] * (len(exits) - 1)
+            check = _in_heads(run.check, shape)
+            return exit_ratio(shape, exits, shares, constants, copy=run.kv == "copy", check=check)
+        case Speculate():
+            ratios = (
+                speculation_ratio(shape, len(run.draft), tokens, 1.0, constants)
+                for tokens in range(1, run.tokens + 1)
+            )
+            return min(ratios)
+
+
+def _in_heads(check: Check, shape: Shape) -> float | None:
+    """Return the price of a cheap check, one readout = 1; None for the full head."""
+    return None if check == FULL_HEAD else check_in_heads(shape, check.weights(shape))
+
+
+def _row(
+    trace: Trace, column: int, shape: Shape, constants: Constants | None, context: int
+) -> DepthRow:
     depth = trace.exits[column]
     agreement = trace.agrees[:, column].float().mean().item()
-    ratios = {k: speculation_ratio(shape, depth, k, agreement) for k in _DRAFT_TOKENS}
+    ratios = {
+        k: speculation_ratio(shape, depth, k, agreement, constants, context) for k in _DRAFT_TOKENS
+    }
     best = min(ratios, key=lambda k: ratios[k])
     return DepthRow(
         depth=depth,
@@ -111,7 +195,11 @@ def _row(trace: Trace, column: int, shape: Shape) -> DepthRow:
 
 
 def _exits(
-    trace: Trace, rows: Sequence[DepthRow], shape: Shape
+    trace: Trace,
+    rows: Sequence[DepthRow],
+    shape: Shape,
+    constants: Constants | None,
+    context: int,
 ) -> tuple[tuple[int, ...], float, float]:
     """Return the exit or pair of exits that is predicted cheapest at 95% agreement per exit."""
     cuts = {row.depth: _cut(trace, column) for column, row in enumerate(rows)}
@@ -122,7 +210,7 @@ def _exits(
             policy = Threshold("max_prob", tuple((e, cuts[e]) for e in exits))  # type: ignore[misc]
             depths = replay(trace, policy).depths
             shares = [(depths == e).float().mean().item() for e in exits]
-            ratio = exit_ratio(shape, exits, shares)
+            ratio = exit_ratio(shape, exits, shares, constants, context)
             if ratio < best[2]:
                 best = exits, depths.float().mean().item(), ratio
     return best
@@ -139,25 +227,28 @@ def _cut(trace: Trace, column: int) -> float | None:
     return trace.scores["max_prob"][order[int(good[-1])], column].item()
 
 
-def _verdict(rows: Sequence[DepthRow], exits: Sequence[int], ratio: float) -> tuple[str, str]:
+def _verdict(
+    rows: Sequence[DepthRow], exits: Sequence[int], ratio: float, *, measured: bool
+) -> tuple[str, str]:
+    cost, plain = ("take", "the time") if measured else ("read", "the weights")
     draft = min(rows, key=lambda row: row.speculation_ratio)
     if draft.speculation_ratio <= _WORTH:
         return (
             f"worth it, without loss: self-speculation from depth {draft.depth} with "
-            f"{draft.draft_tokens} draft tokens is predicted to read {draft.speculation_ratio:.0%} "
-            "of the weights",
+            f"{draft.draft_tokens} draft tokens is predicted to {cost} "
+            f"{draft.speculation_ratio:.0%} of {plain}",
             f"generate --draft {draft.depth} --draft-tokens {draft.draft_tokens}",
         )
     if exits and ratio <= _WORTH:
         return (
             f"worth it, with loss: leaving at {', '.join(map(str, exits))} is predicted to "
-            f"read {ratio:.0%} of the weights at {_AGREE:.0%} agreement per exit, on this text",
+            f"{cost} {ratio:.0%} of {plain} at {_AGREE:.0%} agreement per exit, on this text",
             "certify the thresholds on your own text before relying on them",
         )
     best = min(draft.speculation_ratio, ratio)
     return (
-        f"not worth it as it is: the best plan found is predicted to read {best:.0%} of the "
-        "weights that plain decoding reads",
+        f"not worth it as it is: the best plan found is predicted to {cost} {best:.0%} of "
+        f"{plain} that plain decoding {cost}s",
         "its intermediate layers cannot speak yet: tune them (LITE, SoFT, or exit blocks distilled "
         "from the last layer), then inspect again",
     )

@@ -2,7 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Protocol
+
+
+class Stretch(Protocol):
+    """Consecutive positions of one text; a :class:`~offramp.batch.Span` is one."""
+
+    @property
+    def start(self) -> int:
+        """Return the first position."""
+
+    @property
+    def stop(self) -> int:
+        """Return the position after the last."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """The same work, by how many rows went through at once: what its time depends on."""
+
+    layers: Counter[int] = field(default_factory=Counter)
+    """Layer passes, by their rows."""
+    heads: Counter[int] = field(default_factory=Counter)
+    """Readouts, by their rows."""
+    checks: Counter[int] = field(default_factory=Counter)
+    """Readouts of a cheap check's head, by their rows."""
+    fills: Counter[int] = field(default_factory=Counter)
+    """Passes of a layer only for its keys and values, by their rows."""
+    keys: int = 0
+    """Keys read, summed over layer passes: each text's once, however many rows look at them."""
+    steps: int = 0
+    """Steps of the loop over segments."""
+
+    def __sub__(self, earlier: Tally) -> Tally:
+        return Tally(
+            *(getattr(self, item.name) - getattr(earlier, item.name) for item in fields(self))
+        )
 
 
 @dataclass(slots=True)
@@ -20,7 +58,11 @@ class Meter:
     head_passes: int = 0
     """Calls of the readout (norm and vocabulary head)."""
     head_rows: int = 0
-    """Rows through the readout, exit checks and chosen tokens alike."""
+    """Rows through the readout, full exit checks and chosen tokens alike."""
+    check_passes: int = 0
+    """Calls of a cheap check's head."""
+    check_rows: int = 0
+    """Rows through a cheap check's head."""
     fill_passes: int = 0
     """Calls of a layer only for its keys and values (``kv="copy"``)."""
     fill_rows: int = 0
@@ -31,16 +73,50 @@ class Meter:
     """Tokens proposed by a draft."""
     accepted: int = 0
     """Proposed tokens that the full model confirmed."""
+    tally: Tally = field(default_factory=Tally)
+    """The passes by their rows; no part of the JSON."""
+
+    def ran(self, layers: int, spans: Iterable[Stretch]) -> None:
+        """Count one pass of these rows through each of ``layers`` layers: p looks at p + 1 keys."""
+        rows = attended = keys = 0
+        for span in spans:
+            rows += span.stop - span.start
+            attended += (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
+            keys += span.stop
+        self.layer_passes += layers
+        self.layer_tokens += layers * rows
+        self.attended += layers * attended
+        self.tally.layers[rows] += layers
+        self.tally.keys += layers * keys
+
+    def filled(self, layers: int, rows: int) -> None:
+        """Count one pass of ``rows`` rows into the keys and values of ``layers`` layers."""
+        self.fill_passes += layers
+        self.fill_rows += layers * rows
+        self.tally.fills[rows] += layers
+
+    def read(self, rows: int) -> None:
+        """Count one readout of ``rows`` rows."""
+        self.head_passes += 1
+        self.head_rows += rows
+        self.tally.heads[rows] += 1
+
+    def checked(self, rows: int) -> None:
+        """Count one readout of ``rows`` rows by a cheap check's head."""
+        self.check_passes += 1
+        self.check_rows += rows
+        self.tally.checks[rows] += 1
 
     def copy(self) -> Meter:
         """Return the counts as they stand now."""
-        return Meter(*(getattr(self, field.name) for field in fields(self)))
+        return self - Meter()
 
     def __sub__(self, earlier: Meter) -> Meter:
         return Meter(
-            *(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self))
+            *(getattr(self, item.name) - getattr(earlier, item.name) for item in fields(self))
         )
 
     def as_dict(self) -> dict[str, int]:
         """Return the counts by name, ready for JSON."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        names = [item.name for item in fields(self) if item.name != "tally"]
+        return {name: getattr(self, name) for name in names}

@@ -18,10 +18,11 @@ from offramp.fast.open import open_fast, open_graphs
 from offramp.fast.pack import Format
 from offramp.hf.load import GENERIC_FORMATS, load_checkpoint
 from offramp.hf.open import open_model
-from offramp.plan import ModelId, Plan, Run, execute
+from offramp.plan import ModelId, Plan, check_of, execute
 from offramp.request import Finish, Request, Token, check_request
 from offramp.sample import Sampling
 from offramp.text import Detokenizer, Prompt, encode
+from offramp.timing import known
 
 BackboneName = Literal["auto", "fast", "hf"]
 
@@ -75,16 +76,18 @@ class Stream:
         prompts: Sequence[Prompt],
         requests: Sequence[Request],
         watchers: Sequence[Detokenizer],
-        run: Run,
+        plan: Plan,
         batch_size: int,
     ) -> None:
         self.outputs = [Output(prompt) for prompt in prompts]
         self._requests, self._watchers = requests, watchers
         self._backbone, self._batch_size = model.backbone, batch_size
+        self._check_weights = check_of(plan).weights(model.backbone.shape)
+        self._constants = known(model.backbone)
         self._before = model.backbone.meter.copy()
         self._start = time.perf_counter()
         self._seconds = 0.0
-        self._tokens = execute(model.backbone, requests, run, batch_size=batch_size)
+        self._tokens = execute(model.backbone, requests, plan.run, batch_size=batch_size)
 
     def __iter__(self) -> Iterator[Piece]:
         for token in self._tokens:
@@ -121,6 +124,8 @@ class Stream:
                 ragged=self._backbone.ragged,
             ),
             shape=shape,
+            check_weights=self._check_weights,
+            constants=self._constants,
         )
         return Result(self.outputs, figures)
 
@@ -196,7 +201,7 @@ class Model:
         ]
         for request in requests:
             check_request(request, self.backbone.shape.context)
-        return Stream(self, many, requests, watchers, plan.run, batch_size)
+        return Stream(self, many, requests, watchers, plan, batch_size)
 
 
 def load(

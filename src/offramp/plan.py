@@ -6,35 +6,34 @@ A plan knows its model by fingerprint and refuses another one; unknown keys are 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from offramp.backbone import Backbone
+from offramp.checks import FULL_HEAD, Check, GateFile, Head, Record
 from offramp.decode import MAX_WAITING, decode
 from offramp.errors import OfframpError, UsageError
 from offramp.files import write_text
+from offramp.gate import Gate, load_gate
 from offramp.paths import check_path
 from offramp.policy import Threshold, check_exits
 from offramp.request import Request, Token
 from offramp.speculate import Draft, speculate
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Full(_Record):
+class Full(Record):
     """Every layer for every token."""
 
     kind: Literal["full"] = "full"
 
-    def check(self, num_layers: int) -> None:
+    def must_fit(self, backbone: Backbone) -> None:
         """Accept any model."""
 
 
-class Exit(_Record):
+class Exit(Record):
     """Leave at the first exit whose signal reaches its threshold. Lossy."""
 
     kind: Literal["exit"] = "exit"
@@ -45,20 +44,38 @@ class Exit(_Record):
     max_waiting: Annotated[int, Field(ge=1)] = MAX_WAITING
     exit_prompt: bool = False
     """Whether the prompt, too, may leave early (for one-token answers)."""
+    check: Annotated[Check, Field(discriminator="kind")] = FULL_HEAD
+    """What the signal is computed from; with a gate, the signal is ``gate``."""
 
-    @property
-    def policy(self) -> Threshold:
-        """Return the policy this describes."""
-        return Threshold(self.signal, tuple(sorted(self.thresholds.items())))
+    @cached_property
+    def policy(self) -> Threshold | Gate:
+        """Return the policy this describes.
 
-    def check(self, num_layers: int) -> None:
-        """Refuse exits or thresholds that make no sense for a model of this depth."""
+        Raises:
+            UsageError: an unknown signal, or a threshold out of its range.
+            OfframpError: the gates cannot be read.
+        """
+        thresholds = tuple(sorted(self.thresholds.items()))
+        if isinstance(self.check, GateFile) != (self.signal == "gate"):
+            raise UsageError(
+                f"the signal {self.signal!r} does not go with the check {self.check}: 'gate' "
+                "thresholds need a gate, and a gate has no other signal"
+            )
+        if isinstance(self.check, GateFile):
+            return Gate(load_gate(FilePath(self.check.file)), thresholds)
+        return Threshold(self.signal, thresholds)
+
+    def must_fit(self, backbone: Backbone) -> None:
+        """Refuse exits, thresholds or a check that make no sense for this model."""
         if not self.thresholds:
             raise UsageError("a plan that exits needs at least one exit with a threshold")
-        check_exits(self.policy.exits, num_layers)
+        check_exits(self.policy.exits, backbone.shape.num_layers)
+        self.check.must_fit(backbone.shape)
+        if isinstance(self.policy, Gate):
+            self.policy.weights.must_fit(backbone)
 
 
-class Speculate(_Record):
+class Speculate(Record):
     """Draft with some of the layers, confirm with all. Lossless."""
 
     kind: Literal["speculate"] = "speculate"
@@ -72,26 +89,29 @@ class Speculate(_Record):
         """Return the draft this describes."""
         return Draft(self.draft, self.tokens, self.min_confidence)
 
-    def check(self, num_layers: int) -> None:
+    def must_fit(self, backbone: Backbone) -> None:
         """Refuse a draft that a model of this depth cannot make."""
-        self.drafter.check(num_layers)
+        self.drafter.check(backbone.shape.num_layers)
 
 
-class Path(_Record):
+class Path(Record):
     """Some layers for every token: a sub-model. Lossy."""
 
     kind: Literal["path"] = "path"
     layers: tuple[int, ...]
+    head: Annotated[Head, Field(discriminator="kind")] = FULL_HEAD
+    """What chooses the tokens: where few layers run, reading the whole head is what costs."""
 
-    def check(self, num_layers: int) -> None:
-        """Refuse layers that a model of this depth lacks."""
-        check_path(self.layers, num_layers)
+    def must_fit(self, backbone: Backbone) -> None:
+        """Refuse layers or a head that this model lacks."""
+        check_path(self.layers, backbone.shape.num_layers)
+        self.head.must_fit(backbone.shape)
 
 
 Run = Full | Exit | Speculate | Path
 
 
-class ModelId(_Record):
+class ModelId(Record):
     """Which model a plan is for."""
 
     name: str
@@ -99,7 +119,7 @@ class ModelId(_Record):
     fingerprint: str
 
 
-class Plan(_Record):
+class Plan(Record):
     """How to run a model."""
 
     format: Annotated[int, Field(ge=1, le=1)] = 1
@@ -124,7 +144,18 @@ class Plan(_Record):
                 f"fingerprint {self.model.fingerprint}), not for this model "
                 f"({backbone.shape.num_layers} layers, fingerprint {backbone.fingerprint})"
             )
-        self.run.check(backbone.shape.num_layers)
+        self.run.must_fit(backbone)
+
+
+def check_of(plan: Plan) -> Check:
+    """Return what reads states in place of the full head: an exit's check, a sub-model's head."""
+    match plan.run:
+        case Exit():
+            return plan.run.check
+        case Path():
+            return plan.run.head
+        case _:
+            return FULL_HEAD
 
 
 def read_plan(path: FilePath) -> Plan:
@@ -163,11 +194,15 @@ def execute(
                 requests,
                 run.policy,
                 kv=run.kv,
+                look=run.check.look(backbone),
                 max_waiting=run.max_waiting,
                 exit_prompt=run.exit_prompt,
                 batch_size=batch_size,
             )
         case Path():
-            return decode(backbone, requests, layers=run.layers, batch_size=batch_size)
+            requests = list(requests)
+            ends = {token for request in requests for token in request.eos}
+            head = run.head.choose(backbone, ends)
+            return decode(backbone, requests, layers=run.layers, head=head, batch_size=batch_size)
         case Speculate():
             return speculate(backbone, requests, run.drafter, batch_size=batch_size)

@@ -30,6 +30,8 @@ class Probe:
     previous: Probe | None = None
     """The same rows at the exit before."""
     scores: dict[str, Tensor] = field(default_factory=dict)  # each [S]
+    look: Readout | None = None
+    """What the check sees in place of the full head's logits; None: those themselves."""
 
     @property
     def rows(self) -> Tensor:
@@ -38,23 +40,38 @@ class Probe:
 
     @cached_property
     def logits(self) -> Tensor:
-        """Return ``[S, V]``: computed only when asked for, and reused if the rows leave."""
+        """Return the full head's ``[S, V]``, which chooses the token of a row that leaves.
+
+        Computed only when asked for, and reused where the check looked at them.
+        """
         if self.hidden is None or self.readout is None:
             raise UsageError(
                 "this policy looks at hidden states or logits, which the trace did not keep; "
-                "record it with keep_hidden=True"
+                "record it with keep_hidden=True, and replay it with the backbone"
             )
         return self.readout(self.hidden, self.depth)
 
+    @property
+    def is_read(self) -> bool:
+        """Return whether the full head has read these rows."""
+        return "logits" in self.__dict__  # where ``cached_property`` keeps its result
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """Return the logits that the check looks at, ``[S, W]``: all, some, or approximate."""
+        if self.hidden is None or self.look is None:
+            return self.logits
+        return self.look(self.hidden, self.depth)
+
     @cached_property
     def top(self) -> Tensor:
-        """Return the most probable token of each row, ``[S]``."""
-        return self.logits.argmax(-1)
+        """Return the index of each row's largest logit seen, ``[S]``."""
+        return self.seen.argmax(-1)
 
     @cached_property
     def probabilities(self) -> Tensor:
-        """Return ``[S, V]`` in fp32."""
-        return torch.softmax(self.logits.float(), -1)
+        """Return those of the logits seen, ``[S, W]`` in fp32."""
+        return torch.softmax(self.seen.float(), -1)
 
     def take(self, rows: Sequence[int]) -> Probe:
         """Return the probe of these rows, with what was computed for them."""
@@ -66,9 +83,10 @@ class Probe:
             self.readout,
             None if self.previous is None else self.previous.take(rows),
             {name: score[index] for name, score in self.scores.items()},
+            self.look,
         )
         # ``cached_property`` keeps its result in ``__dict__``: hand it on, not compute it twice.
-        for name in ("logits", "top", "probabilities"):
+        for name in ("logits", "seen", "top", "probabilities"):
             if name in self.__dict__:
                 taken.__dict__[name] = self.__dict__[name][index]
         return taken

@@ -5,8 +5,9 @@ Knows no tokens, sampling or text; whatever decodes calls this and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from offramp.backbone import Backbone
 from offramp.batch import Flow, Span, Text
 from offramp.policy import FULL, Policy
-from offramp.probe import Probe
+from offramp.probe import Probe, Readout
 
 KV = Literal["exact", "copy"]
 
@@ -30,6 +31,7 @@ class Outcome:
     """Layers that chose each text's last row."""
 
 
+@torch.no_grad()
 def step(
     backbone: Backbone,
     texts: Sequence[Text],
@@ -37,6 +39,8 @@ def step(
     *,
     layers: Sequence[int] | None = None,
     kv: KV = "exact",
+    look: Readout | None = None,
+    head: Readout | None = None,
     stay: Sequence[bool] | None = None,
     tails: Sequence[int] | None = None,
     detour: Sequence[int] = (),
@@ -53,6 +57,8 @@ def step(
         policy: where to ask, and whether to leave.
         layers: the path to run, ascending layer indices; all by default. Depths count along it.
         kv: what becomes of the layers that a leaving token skips.
+        look: what a check sees in place of the full head's logits.
+        head: what reads out the end of the path, the backbone's own head by default.
         stay: the texts that run to the end of the path whatever the policy says.
         tails: how many of the last rows of each text to read out at full depth; 1 by default.
         detour: layers a leaving token runs on for its choice alone (a draft that skips layers);
@@ -61,9 +67,52 @@ def step(
     Whatever is raised on the way, Ctrl-C included, leaves every text as it was before the step:
     the caller may drop one and go on with the others.
     """
+    with _all_or_nothing(backbone, texts):
+        path = range(backbone.shape.num_layers) if layers is None else layers
+        spans = tuple(Span(text, text.done, len(text.ids)) for text in texts)
+        flow = Flow(backbone.embed(spans), spans, tuple(range(len(texts))))
+        for text in texts:
+            text.done = len(text.ids)
+        backbone.meter.tally.steps += 1
+        counts = [1] * len(texts) if tails is None else list(tails)
+        chosen: list[tuple[tuple[int, ...], Probe]] = []  # who left, and what they looked like
+        probe: Probe | None = None
+        for start, stop in _segments(path, policy.exits, texts):
+            flow = flow.drain(path[start])
+            flow = Flow(
+                backbone.run(path[start:stop], flow.hidden, flow.spans), flow.spans, flow.members
+            )
+            if stop == len(path):
+                break
+            asking = [i for i, m in enumerate(flow.members) if stay is None or not stay[m]]
+            if not asking or stop not in policy.exits:
+                continue
+            asked = flow.select(asking)
+            rows = asked.tails([1] * len(asking))
+            probe = Probe(stop, len(path), rows, backbone.readout, previous=probe, look=look)
+            leaving, staying = _split(policy.leave(probe))
+            if leaving:
+                gone = asked.select(leaving)
+                chosen.append((gone.members, _choice(backbone, probe.take(leaving), gone, detour)))
+                _leave(backbone, gone, path[stop:], kv)
+                left = set(gone.members)
+                flow = flow.select(i for i, member in enumerate(flow.members) if member not in left)
+                probe = probe.take(staying)
+            if not flow.spans:
+                break
+        if flow.spans:
+            rows = flow.tails([counts[member] for member in flow.members])
+            last = Probe(len(path), len(path), rows, head or backbone.readout)
+            chosen.append((flow.members, last))
+        return _collect(chosen, counts)
+
+
+@contextmanager
+def _all_or_nothing(backbone: Backbone, texts: Sequence[Text]) -> Iterator[None]:
+    """Put every text back, whatever is raised: its tokens, its queues, its keys and values."""
     kept = [(text.done, dict(text.waiting)) for text in texts]
     try:
-        return _step(backbone, texts, policy, layers, kv, stay, tails, detour)
+        yield
     except BaseException:
         for text, (done, waiting) in zip(texts, kept, strict=True):
             text.done, text.waiting = done, waiting
@@ -78,55 +127,6 @@ def _rewind(backbone: Backbone, text: Text) -> None:
     for layer in sorted(text.waiting):
         length -= len(text.waiting[layer])
         backbone.trim(text.slot, length, first_layer=layer)
-
-
-@torch.no_grad()
-def _step(
-    backbone: Backbone,
-    texts: Sequence[Text],
-    policy: Policy,
-    layers: Sequence[int] | None,
-    kv: KV,
-    stay: Sequence[bool] | None,
-    tails: Sequence[int] | None,
-    detour: Sequence[int],
-) -> Outcome:
-    path = range(backbone.shape.num_layers) if layers is None else layers
-    spans = tuple(Span(text, text.done, len(text.ids)) for text in texts)
-    flow = Flow(backbone.embed(spans), spans, tuple(range(len(texts))))
-    for text in texts:
-        text.done = len(text.ids)
-    counts = [1] * len(texts) if tails is None else list(tails)
-    chosen: list[tuple[tuple[int, ...], Probe]] = []  # who left, and what they looked like
-    probe: Probe | None = None
-    for start, stop in _segments(path, policy.exits, texts):
-        flow = flow.drain(path[start])
-        flow = Flow(
-            backbone.run(path[start:stop], flow.hidden, flow.spans), flow.spans, flow.members
-        )
-        if stop == len(path):
-            break
-        asking = [i for i, m in enumerate(flow.members) if stay is None or not stay[m]]
-        if not asking or stop not in policy.exits:
-            continue
-        asked = flow.select(asking)
-        probe = Probe(
-            stop, len(path), asked.tails([1] * len(asking)), backbone.readout, previous=probe
-        )
-        leaving, staying = _split(policy.leave(probe))
-        if leaving:
-            gone = asked.select(leaving)
-            chosen.append((gone.members, _choice(backbone, probe.take(leaving), gone, detour)))
-            _leave(backbone, gone, path[stop:], kv)
-            left = set(gone.members)
-            flow = flow.select(i for i, member in enumerate(flow.members) if member not in left)
-            probe = probe.take(staying)
-        if not flow.spans:
-            break
-    if flow.spans:
-        rows = flow.tails([counts[member] for member in flow.members])
-        chosen.append((flow.members, Probe(len(path), len(path), rows, backbone.readout)))
-    return _collect(chosen, counts)
 
 
 def _segments(
@@ -161,13 +161,29 @@ def _leave(backbone: Backbone, gone: Flow, skipped: Sequence[int], kv: KV) -> No
 
 
 def _collect(chosen: list[tuple[tuple[int, ...], Probe]], counts: list[int]) -> Outcome:
-    """Read out the rows that have no logits yet, and put all texts back in order."""
-    logits: list[Tensor | None] = [None] * len(counts)
-    depths = [0] * len(counts)
-    for members, probe in chosen:
-        # A text that left has one row; one that ran to the end has as many as were asked for.
-        sizes = [counts[m] if probe.depth == probe.num_layers else 1 for m in members]
-        for member, rows in zip(members, probe.logits.split(sizes), strict=True):
-            logits[member] = rows
-            depths[member] = probe.depth
-    return Outcome(torch.cat([rows for rows in logits if rows is not None]), depths)
+    """Put all texts back in order, and read out the rows that have no logits yet.
+
+    If none has, rows of every depth share one pass over the head.
+    """
+    members = [member for group, _ in chosen for member in group]
+    depths = [probe.depth for group, probe in chosen for _ in group]
+    # A text that left has one row; one that ran to the end has as many as were asked for.
+    sizes = [
+        counts[m] if d == chosen[0][1].num_layers else 1
+        for m, d in zip(members, depths, strict=True)
+    ]
+    order = sorted(range(len(members)), key=members.__getitem__)
+
+    def ordered(parts: list[Tensor]) -> Tensor:
+        if order == list(range(len(order))):  # nothing to move
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        rows = torch.cat(parts).split(sizes)
+        return torch.cat([rows[i] for i in order])
+
+    probes = [probe for _, probe in chosen]
+    if any(probe.is_read for probe in probes):
+        logits = ordered([probe.logits for probe in probes])
+    else:
+        deepest = probes[-1]
+        logits = replace(deepest, hidden=ordered([probe.rows for probe in probes])).logits
+    return Outcome(logits, [depths[i] for i in order])

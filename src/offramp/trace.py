@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.backbone import Backbone
 from offramp.batch import Span, Text
+from offramp.checks import FULL_HEAD, Check, GateFile
 from offramp.decode import MAX_WAITING
 from offramp.errors import OfframpError, UsageError
-from offramp.files import write_whole
+from offramp.files import write_tensors
 from offramp.policy import Policy, Threshold, check_exits
 from offramp.probe import Probe, Readout
 from offramp.signals import find, registry, score
@@ -54,9 +54,11 @@ class Trace:
     loss: Tensor
     """``[T, E + 1]`` fp32: cross-entropy of the text's own next token, in nats."""
     scores: dict[str, Tensor]
-    """Every registered signal, ``[T, E]`` fp32."""
+    """Every registered signal, ``[T, E]`` fp32, computed from what ``check`` saw."""
     hidden: Tensor | None = None
     """``[T, E + 1, D]``: the states, where they were kept."""
+    check: str = "full"
+    """The check whose scores these are, as the command line writes it."""
 
     @cached_property
     def agrees(self) -> Tensor:
@@ -72,20 +74,13 @@ class Trace:
             "fingerprint": self.fingerprint,
             "lengths": self.lengths,
             "rows": self.rows,
+            "check": self.check,
         }
         tensors = {"ids": self.ids, "chosen": self.chosen, "loss": self.loss}
         tensors |= {f"scores.{name}": column for name, column in self.scores.items()}
         if self.hidden is not None:
             tensors["hidden"] = self.hidden
-        metadata = {"offramp": json.dumps(facts)}
-        write_whole(path, lambda beside: _save(tensors, beside, metadata))
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:  # safetensors has its own words for a full disk
-        raise OSError(str(error)) from error
+        write_tensors(path, tensors, {"offramp": json.dumps(facts)})
 
 
 def load_trace(path: Path) -> Trace:
@@ -115,6 +110,7 @@ def load_trace(path: Path) -> Trace:
                 if name.startswith("scores.")
             },
             hidden=tensors.get("hidden"),
+            check=str(facts.get("check", "full")),
         )
     except OSError as error:
         raise OfframpError(f"cannot read the trace {path}: {error.strerror or error}") from error
@@ -129,6 +125,7 @@ def record(
     exits: Sequence[int] | None = None,
     *,
     keep_hidden: bool = False,
+    check: Check = FULL_HEAD,
 ) -> Trace:
     """Run every text once at full depth and write down what each exit sees.
 
@@ -137,14 +134,17 @@ def record(
         texts: (token ids, number of leading tokens that are given and not counted).
         exits: depths to look at; every depth by default.
         keep_hidden: keep the states, so that policies that look at them can be replayed too.
+        check: what the signals are computed from; choices and losses are always the full head's.
 
     Raises:
-        UsageError: exits the model lacks, or no text with a counted token.
+        UsageError: exits the model lacks, a check it cannot make, or no text with a counted token.
     """
     depth = backbone.shape.num_layers
     exits = tuple(range(1, depth)) if exits is None else tuple(exits)
     check_exits(exits, depth)
-    parts = [_record_one(backbone, list(ids), given, exits) for ids, given in texts]
+    check.must_fit(backbone.shape)
+    look = check.look(backbone)
+    parts = [_record_one(backbone, list(ids), given, exits, look) for ids, given in texts]
     if not sum(len(part.hidden) for part in parts):
         raise UsageError("there is nothing to trace: no text has a token to predict")
     names = sorted(registry()) if exits else []
@@ -159,6 +159,7 @@ def record(
         loss=torch.cat([part.loss for part in parts]),
         scores={name: torch.cat([part.scores[name] for part in parts]) for name in names},
         hidden=torch.cat([part.hidden for part in parts]) if keep_hidden else None,
+        check="full" if look is None else str(check),
     )
 
 
@@ -173,13 +174,15 @@ class _Part:
     scores: dict[str, Tensor]
 
 
-def _record_one(backbone: Backbone, ids: list[int], given: int, exits: tuple[int, ...]) -> _Part:
+def _record_one(
+    backbone: Backbone, ids: list[int], given: int, exits: tuple[int, ...], look: Readout | None
+) -> _Part:
     first = max(given, 1) - 1
     states = _states(backbone, ids, exits)[first:-1]  # the last position predicts nothing known
     targets = torch.tensor(ids[first + 1 :], device=states.device)
     chunk = max(_BUDGET // (backbone.shape.vocab_size * (len(exits) + 1)), 1)
     columns = [
-        _judge(backbone, rows, wanted, exits)
+        _judge(backbone, rows, wanted, exits, look)
         for rows, wanted in zip(states.split(chunk), targets.split(chunk), strict=True)
         if len(rows)
     ]
@@ -210,7 +213,11 @@ def _states(backbone: Backbone, ids: list[int], exits: Sequence[int]) -> Tensor:
 
 
 def _judge(
-    backbone: Backbone, states: Tensor, targets: Tensor, exits: Sequence[int]
+    backbone: Backbone,
+    states: Tensor,
+    targets: Tensor,
+    exits: Sequence[int],
+    look: Readout | None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return choices and losses ``[n, E + 1]`` and signals ``[n, E]`` of some rows."""
     depth = backbone.shape.num_layers
@@ -218,8 +225,8 @@ def _judge(
     chosen, loss = [], []
     scores: dict[str, list[Tensor]] = {name: [] for name in registry()}
     for column, stop in enumerate((*exits, depth)):
-        probe = Probe(stop, depth, states[:, column], backbone.readout, previous=probe)
-        chosen.append(probe.top.int())
+        probe = Probe(stop, depth, states[:, column], backbone.readout, probe, look=look)
+        chosen.append(probe.logits.argmax(-1).int())
         loss.append(
             torch.nn.functional.cross_entropy(probe.logits.float(), targets, reduction="none")
         )
@@ -251,7 +258,8 @@ def replay(
     *,
     max_waiting: int = MAX_WAITING,
     exit_prompt: bool = False,
-    readout: Readout | None = None,
+    check: Check = FULL_HEAD,
+    backbone: Backbone | None = None,
 ) -> Replay:
     """Return what ``policy`` would have done on these texts, ``kv="exact"``.
 
@@ -260,14 +268,15 @@ def replay(
         policy: its exits must be among the trace's.
         max_waiting: as in :func:`offramp.decode.decode`.
         exit_prompt: as in :func:`offramp.decode.decode`; else each text's first row stays.
-        readout: the backbone's, for a trace that kept hidden states: the policy may then look at
-            anything, at any subset of the exits.
+        check: what the policy's signal is computed from.
+        backbone: the model, for a trace that kept hidden states: the policy may then look at
+            anything, through any check, at any subset of the exits.
 
     Raises:
-        UsageError: the trace lacks what the policy asks for.
+        UsageError: the trace lacks what the policy asks for, or its scores are of another check.
     """
     columns = _columns(trace, policy)
-    leaves = _decisions(trace, policy, columns, readout)
+    leaves = _decisions(trace, policy, columns, check, backbone)
     full = len(trace.exits)
     wanted = torch.full((len(leaves),), full)
     for k in reversed(range(len(columns))):
@@ -287,21 +296,36 @@ def _columns(trace: Trace, policy: Policy) -> list[int]:
     return [trace.exits.index(depth) for depth in policy.exits]
 
 
-def _decisions(trace: Trace, policy: Policy, columns: list[int], readout: Readout | None) -> Tensor:
+def _decisions(
+    trace: Trace, policy: Policy, columns: list[int], check: Check, backbone: Backbone | None
+) -> Tensor:
     """Return ``[T, exits of the policy]`` bool: whether it would leave there if asked."""
     leaves = torch.zeros(len(trace.chosen), len(columns), dtype=torch.bool)
+    readout: Readout | None = None
+    look: Readout | None = None
+    table = trace.scores
+    if trace.hidden is not None and backbone is not None:
+        readout, look, table = backbone.readout, check.look(backbone), {}
+    else:
+        _check_same(trace, check)
+        _check_look_back(trace, policy)
     probe: Probe | None = None
     for k, column in enumerate(columns):
-        if trace.hidden is not None and readout is not None:
-            probe = Probe(
-                trace.exits[column], trace.num_layers, trace.hidden[:, column], readout, probe
-            )
-        else:
-            _check_look_back(trace, policy)
-            scores = {name: values[:, column] for name, values in trace.scores.items()}
-            probe = Probe(trace.exits[column], trace.num_layers, None, None, probe, scores)
+        hidden = None if trace.hidden is None else trace.hidden[:, column]
+        known = {name: values[:, column] for name, values in table.items()}
+        depth = trace.exits[column]
+        probe = Probe(depth, trace.num_layers, hidden, readout, probe, known, look)
         leaves[:, k] = policy.leave(probe)
     return leaves
+
+
+def _check_same(trace: Trace, check: Check) -> None:
+    """Scores seen through one check say nothing of another; a gate looks at no scores."""
+    if not isinstance(check, GateFile) and str(check) != trace.check:
+        raise UsageError(
+            f"the trace's scores were seen by the check {trace.check}, not {check}; record it with "
+            "this check, or keep hidden states and replay it with the backbone"
+        )
 
 
 def _check_look_back(trace: Trace, policy: Policy) -> None:

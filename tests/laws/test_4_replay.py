@@ -77,7 +77,7 @@ def test_a_replay_by_scores_is_a_replay_by_states() -> None:
     for name in registry():
         policy = _policy(trace, name)
         by_scores = replay(trace, policy)
-        by_states = replay(trace, policy, readout=backbone.readout)
+        by_states = replay(trace, policy, backbone=backbone)
         assert by_scores.depths.tolist() == by_states.depths.tolist()
         subset = Threshold(name, policy.thresholds[1::2])
         if find(name).looks_back:
@@ -85,7 +85,7 @@ def test_a_replay_by_scores_is_a_replay_by_states() -> None:
                 replay(trace, subset)
         else:
             by_scores = replay(trace, subset)
-            by_states = replay(trace, subset, readout=backbone.readout)
+            by_states = replay(trace, subset, backbone=backbone)
             assert by_scores.depths.tolist() == by_states.depths.tolist()
 
 
@@ -108,7 +108,7 @@ def test_a_policy_of_ones_own_replays_on_kept_states() -> None:
     [text], [depths] = collected(decode(backbone, [recorder.request(ids, 14)], Norm()), 1)
     assert len(set(depths)) >= 2
     trace = record(backbone, [(ids + text, len(ids))], EXITS, keep_hidden=True)
-    assert depths == replay(trace, Norm(), readout=backbone.readout).depths.tolist()
+    assert depths == replay(trace, Norm(), backbone=backbone).depths.tolist()
     bare = record(backbone, [(ids + text, len(ids))], EXITS)
     with pytest.raises(UsageError, match="keep_hidden"):
         replay(bare, Norm())

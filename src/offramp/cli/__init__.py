@@ -8,6 +8,7 @@ from typing import cast
 import typer
 
 from offramp import __version__
+from offramp.cli.bench import bench
 from offramp.cli.generate import generate
 from offramp.cli.inspect import inspect
 from offramp.cli.trace import trace
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (inspect, generate, trace):
+for verb in (inspect, generate, trace, bench):
     app.command()(verb)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +14,9 @@ from offramp.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from offramp.backbone import Backbone
     from offramp.model import Result, Stream
+    from offramp.plan import Run
 
 
 def generate(
@@ -27,7 +30,9 @@ def generate(
     draft_tokens: o.DraftTokens = 4,
     draft_confidence: o.DraftConfidence = 0.0,
     exit_depth: o.ExitDepth = None,
+    head: o.HeadText = None,
     threshold: o.ThresholdText = None,
+    check: o.CheckText = None,
     kv: o.KeyValues = o.KV.exact,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the K most probable tokens; 0 keeps all.")] = 0,
@@ -50,7 +55,9 @@ def generate(
 ) -> None:
     """Generate text, each token only as deep as the plan says.
 
-    Without a plan every token runs every layer. Tokens are coloured by depth on a terminal.
+    Without a plan every token runs every layer. Tokens are coloured by depth on a terminal. Where
+    'offramp inspect' has measured this machine, the predicted time stands beside the real one, and
+    a plan that cannot pay for itself draws a warning.
 
     [bold]offramp generate --prompt "Why is the sky blue?" --draft 24 --draft-tokens 2[/bold]
     """
@@ -66,7 +73,9 @@ def generate(
         draft_tokens=draft_tokens,
         draft_confidence=draft_confidence,
         exit_depth=exit_depth,
+        head=head,
         threshold=threshold,
+        check=check,
         kv=kv,
     )
     from rich.console import Console
@@ -90,6 +99,7 @@ def generate(
         raw=raw,
         batch_size=batch_size,
     )
+    _warn(chosen.run, loaded.backbone)
     depth = loaded.backbone.shape.num_layers
     console = Console(soft_wrap=True, highlight=False, quiet=json)
     result = _show(stream, depth, console)
@@ -100,11 +110,30 @@ def generate(
         "model": loaded.name,
         "plan": chosen.model_dump(mode="json"),
         "seed": seed,
+        "backbone": loaded.backbone.name,
+        "weights": loaded.backbone.weights,
         **environment(),
         **figures,
         "outputs": [dataclasses.asdict(output) for output in result.outputs],
     }
     finish(record, as_json=json, out=out)
+
+
+def _warn(run: Run, backbone: Backbone) -> None:
+    """Say on stderr that a plan cannot pay for itself here; only where times are known already."""
+    from offramp.inspection import at_best
+    from offramp.timing import known
+
+    constants = known(backbone)
+    if constants is None:
+        return
+    best = at_best(run, backbone.shape, constants)
+    if best > 1:
+        print(
+            "offramp: this plan cannot pay for itself here: if every guess were right, it would "
+            f"take {best:.0%} of the time of plain decoding",
+            file=sys.stderr,
+        )
 
 
 def _show(stream: Stream, depth: int, console: Console) -> Result:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from offramp.cli import options as o
-from offramp.cli.tracing import own_answers, traced
+from offramp.cli.tracing import own_answers, timed, traced
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +35,9 @@ def inspect(
     """Say whether depth-adaptive inference is worth it on this model and text, before any training.
 
     The model answers the prompts (six everyday ones by default) greedily; then every depth is
-    judged on that text: how often its choice is the last layer's, and what using it would cost.
+    judged on that text: how often its choice is the last layer's, and what using it would cost in
+    time. For that, layers and heads are timed once per model, backbone and machine; the result is
+    kept in the cache.
     """
     wanted = o.read_prompt_options(prompt, prompts, limit)
     from rich.console import Console
@@ -56,7 +58,10 @@ def inspect(
         loaded, asked, raw=raw, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
     found = inspection.judge(
-        traced(loaded, texts), loaded.backbone.shape, batched=loaded.backbone.batched
+        traced(loaded, texts),
+        loaded.backbone.shape,
+        batched=loaded.backbone.batched,
+        constants=timed(loaded),
     )
     if not json:
         _show(loaded.name, found, every, Console(highlight=False))
@@ -65,6 +70,8 @@ def inspect(
         "plan": None,
         "seed": None,
         "supported": True,
+        "backbone": loaded.backbone.name,
+        "weights": loaded.backbone.weights,
         **environment(),
         **dataclasses.asdict(found),
     }
@@ -80,10 +87,17 @@ def _show(name: str, found: Inspection, every: int, console: Console) -> None:
         f"full depth, after exits and drains{', and in ragged batches' if found.batched else ''})."
     )
     console.print(
-        f"One full-vocabulary exit check costs {found.check_in_layers:.2f} layers; keys and values "
-        f"of one skipped layer cost {found.fill_in_layers:.3f}.\nChecking after every layer pays "
-        f"only for tokens that leave by depth {found.break_even_depth:.1f}."
+        f"By weights read, one full-vocabulary exit check costs {found.check_in_layers:.2f} "
+        f"layers; keys and values of one skipped layer cost {found.fill_in_layers:.3f}.\n"
+        "Checking after every layer pays only for tokens that leave by depth "
+        f"{found.break_even_depth:.1f}."
     )
+    checks = [
+        (row.check, f"{row.layers:.2f}", f"{row.break_even_depth:.1f}") for row in found.checks
+    ]
+    table("what a check costs", ("check", "layers", "pays until depth"), checks, console)
+    if found.timing is not None:
+        console.print(_measured(found.timing))
     rows = [
         (
             f"{row.depth}",
@@ -101,7 +115,19 @@ def _show(name: str, found: Inspection, every: int, console: Console) -> None:
     exits = ", ".join(map(str, found.exits)) or "none"
     console.print(
         f"Exits that would pay at 95% agreement: {exits} (mean depth {found.exit_depth:.1f}, "
-        f"weights read {found.exit_ratio:.2f} of full depth)."
+        f"{'time' if found.timing else 'weights read'} {found.exit_ratio:.2f} of full depth)."
     )
     console.print(f"[bold]Verdict:[/bold] {found.verdict}.")
     console.print(f"[bold]Next:[/bold] {found.recipe}.")
+
+
+def _measured(timing: dict[str, Any]) -> str:
+    """Say in one sentence what this machine does, and that predictions are of time."""
+    layer = timing["layer_microseconds"]
+    many = list(layer)[-1]
+    return (
+        f"Measured here: one layer takes {layer['1']:.0f} us for one row and {layer[many]:.0f} for "
+        f"{many}; a check {timing['check_in_layers']:.2f} layers, a fill "
+        f"{timing['fill_in_layers']:.3f}; a step {timing['step_microseconds']:.0f} us beside them. "
+        "What follows is predicted time."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -115,6 +116,23 @@ ThresholdText = Annotated[
         "e.g. max_prob=12:0.95,18:0.9.",
     ),
 ]
+CheckText = Annotated[
+    str | None,
+    typer.Option(
+        "--check",
+        metavar="full|shortlist:N|low-rank:N|gate:FILE",
+        help="With --threshold: what the signal looks at; with a gate, write --threshold "
+        "gate=DEPTH:VALUE,...",
+    ),
+]
+HeadText = Annotated[
+    str | None,
+    typer.Option(
+        "--head",
+        metavar="full|shortlist:N",
+        help="With --exit: what chooses tokens; the N lowest token ids are the most frequent.",
+    ),
+]
 KeyValues = Annotated[
     KV,
     typer.Option(
@@ -147,15 +165,18 @@ def parse_plan(
     draft_tokens: int = 4,
     draft_confidence: float = 0.0,
     exit_depth: int | None = None,
+    head: str | None = None,
     threshold: str | None = None,
+    check: str | None = None,
     kv: KV = KV.exact,
 ) -> Plan:
     """Return the plan that the options describe; at most one way of describing it is allowed.
 
     Raises:
-        UsageError: two ways at once, or a threshold that cannot be read.
-        OfframpError: the plan file cannot be read.
+        UsageError: two ways at once, or a threshold or check that cannot be read.
+        OfframpError: the plan file or the gates cannot be read.
     """
+    from offramp.checks import parse_check, parse_head
     from offramp.paths import prefix
     from offramp.plan import Exit, Plan, Speculate, read_plan
     from offramp.plan import Path as SubModel
@@ -164,6 +185,10 @@ def parse_plan(
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise UsageError(f"{' and '.join(named)} exclude each other")
+    if check is not None and threshold is None:
+        raise UsageError("--check says what a --threshold looks at; give one")
+    if head is not None and exit_depth is None:
+        raise UsageError("--head says what chooses the tokens of --exit DEPTH; give one")
     if draft is not None:
         if draft < 1:
             raise UsageError(f"--draft {draft}: a draft runs 1 layer or more")
@@ -172,10 +197,12 @@ def parse_plan(
             run=Speculate(draft=layers, tokens=draft_tokens, min_confidence=draft_confidence)
         )
     if exit_depth is not None:
-        return Plan(run=SubModel(layers=prefix(exit_depth, max(exit_depth, 1))))
+        layers = prefix(exit_depth, max(exit_depth, 1))
+        return Plan(run=SubModel(layers=layers, head=parse_head(head or "full")))
     if threshold is not None:
         signal, values = parse_threshold(threshold)
-        run = Exit(signal=signal, thresholds=values, kv=kv.value)
+        looked_at = parse_check(check or "full")
+        run = Exit(signal=signal, thresholds=values, kv=kv.value, check=looked_at)
         _ = run.policy  # refuses an unknown signal or a value out of range before a model loads
         return Plan(run=run)
     return Plan() if plan in (None, "full") else read_plan(Path(str(plan)))
@@ -207,3 +234,20 @@ def parse_depths(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(f"--exits {text!r}: write depths with commas, e.g. 6,12,18") from error
+
+
+def parse_counts(option: str, text: str) -> list[int]:
+    """Return the numbers of a list such as ``1,4,16``, each 1 or more and once."""
+    parts = text.split(",")
+    counts = [int(part) for part in parts if part.strip().isdecimal()]
+    if len(counts) < len(parts) or min(counts) < 1 or len(set(counts)) < len(counts):
+        raise UsageError(f"{option} {text!r}: write different numbers with commas, e.g. 1,4,16")
+    return counts
+
+
+def parse_choices(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """Return the words of a list such as ``int4,int8``, each known and once."""
+    words = text.split(",")
+    if not set(words) <= set(known) or len(set(words)) < len(words):
+        raise UsageError(f"{option} {text!r}: write different words of {', '.join(known)}")
+    return words

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offramp.files import write_text
+from offramp.machine import processor
 
 # Cividis, dark to bright: readable with every kind of colour vision. Bright = deep.
 _SCALE = (
@@ -36,21 +37,12 @@ def environment() -> dict[str, Any]:
     packages = ("offramp", "torch", "transformers")
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
     machine = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
     }
     return {"versions": versions, "machine": machine}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def finish(record: Mapping[str, Any], *, as_json: bool, out: Path | None) -> None:
@@ -89,10 +81,12 @@ def figures_table(figures: Mapping[str, Any], console: Console) -> None:
         ("layer passes", f"{figures['layer_passes']}"),
         ("layer rows", f"{figures['layer_tokens']}"),
         ("head rows", f"{figures['head_rows']}"),
+        ("check rows", f"{figures['check_rows']}"),
         ("fill rows", f"{figures['fill_rows']}"),
         ("operations / full depth", f"{figures['flops_ratio']:.2f}"),
         ("weights read / full depth", f"{figures['bytes_ratio']:.2f}"),
         ("seconds", f"{figures['seconds']:.2f}"),
+        *_predicted(figures),
         ("tokens per second", f"{figures['tokens_per_second']:.1f}"),
     ]
     if figures["drafted"]:
@@ -101,8 +95,21 @@ def figures_table(figures: Mapping[str, Any], console: Console) -> None:
             2, ("drafts confirmed", f"{figures['accepted']} of {figures['drafted']} ({share:.0%})")
         )
     table("cost", ("", ""), rows, console)
-    if figures["bytes_ratio"] > 1 and figures["flops_ratio"] > 1:
+    if figures["predicted_ratio"] is not None:
+        if figures["predicted_ratio"] > 1:
+            console.print("Slower than plain full-depth decoding, by what this machine measured.")
+    elif figures["bytes_ratio"] > 1 and figures["flops_ratio"] > 1:
         console.print("Slower than plain full-depth decoding by both measures of cost.")
+
+
+def _predicted(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the rows on predicted time; none on a machine that was not measured."""
+    if figures["predicted_seconds"] is None:
+        return []
+    return [
+        ("seconds predicted", f"{figures['predicted_seconds']:.2f}"),
+        ("predicted time / full depth", f"{figures['predicted_ratio']:.2f}"),
+    ]
 
 
 def depth_text(piece: str, depth: int, num_layers: int) -> Text:

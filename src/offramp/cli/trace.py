@@ -34,6 +34,7 @@ def trace(
     ] = False,
     plan: o.PlanFile = None,
     threshold: o.ThresholdText = None,
+    check: o.CheckText = None,
     raw: o.Raw = False,
     batch_size: o.BatchSize = 8,
     backbone: o.BackboneOption = o.BackboneName.auto,
@@ -48,10 +49,11 @@ def trace(
     """Record what every exit would say of every token, and replay a policy on it.
 
     The texts are the model's own greedy answers to the prompts, or with --given the prompts
-    themselves. A plan or --threshold is replayed: the depths are those of real generation.
+    themselves. A plan or --threshold is replayed: the depths are those of real generation, and
+    the scores recorded are what its check saw. A gate needs the hidden states, so they are kept.
     """
     depths = o.parse_depths(exits)
-    chosen = o.parse_plan(plan, threshold=threshold)
+    chosen = o.parse_plan(plan, threshold=threshold, check=check)
     wanted = o.read_prompt_options(prompt, prompts, limit)
     if not wanted:
         raise UsageError("there is nothing to trace; give --prompt TEXT or --prompts FILE")
@@ -59,6 +61,7 @@ def trace(
 
     from offramp.cli.output import environment, finish, table
     from offramp.model import load
+    from offramp.plan import check_of
 
     loaded = load(
         model,
@@ -75,7 +78,9 @@ def trace(
             loaded, wanted, raw=raw, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
     )
-    recorded = traced(loaded, texts, depths, keep_hidden=keep_hidden)
+    looked_at = check_of(chosen)
+    keep_hidden |= looked_at.kind == "gate"
+    recorded = traced(loaded, texts, depths, keep_hidden=keep_hidden, check=looked_at)
     if out is not None:
         recorded.save(out)
     rows = _rows(recorded)
@@ -100,6 +105,8 @@ def trace(
         "model": loaded.name,
         "plan": chosen.model_dump(mode="json"),
         "seed": None,
+        "backbone": loaded.backbone.name,
+        "weights": loaded.backbone.weights,
         **environment(),
         "tokens": len(recorded.chosen),
         "rows": rows,
@@ -138,6 +145,7 @@ def _replayed(recorded: Trace, chosen: Plan) -> dict[str, Any] | None:
         chosen.run.policy,
         max_waiting=chosen.run.max_waiting,
         exit_prompt=chosen.run.exit_prompt,
+        check=chosen.run.check,
     )
     depths, counts = done.depths.unique(return_counts=True)
     return {

@@ -1,4 +1,4 @@
-"""From prompts to a trace, a progress bar for each half; for ``inspect`` and ``trace``."""
+"""From prompts to a trace, and times, each under a progress bar; for ``inspect`` and ``trace``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from offramp.checks import Check
     from offramp.model import Model
     from offramp.text import Prompt
+    from offramp.timing import Constants
     from offramp.trace import Trace
 
 Texts = list[tuple[list[int], int]]
@@ -39,12 +41,28 @@ def own_answers(
 
 
 def traced(
-    model: Model, texts: Texts, exits: Sequence[int] | None = None, *, keep_hidden: bool = False
+    model: Model,
+    texts: Texts,
+    exits: Sequence[int] | None = None,
+    *,
+    keep_hidden: bool = False,
+    check: Check | None = None,
 ) -> Trace:
-    """Record the trace of some texts."""
+    """Record the trace of some texts; its scores are the full head's unless another check's."""
     from tqdm import tqdm
 
+    from offramp.checks import FULL_HEAD
     from offramp.trace import record
 
     with tqdm(texts, desc="trace", unit="text", leave=False) as bar:
-        return record(model.backbone, bar, exits, keep_hidden=keep_hidden)
+        return record(model.backbone, bar, exits, keep_hidden=keep_hidden, check=check or FULL_HEAD)
+
+
+def timed(model: Model) -> Constants:
+    """Return what this machine was measured to take, now or earlier."""
+    from tqdm import tqdm
+
+    from offramp.timing import constants
+
+    with tqdm(total=100, desc="timing", unit="%", leave=False) as bar:
+        return constants(model.backbone, lambda share: bar.update(round(100 * share) - bar.n))

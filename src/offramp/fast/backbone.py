@@ -7,7 +7,7 @@ depth share a call and nothing is padded.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +15,15 @@ from torch import Tensor
 
 from offramp.backbone import Shape
 from offramp.batch import Span
-from offramp.fast.build import kernels
-from offramp.fast.layout import FP32, INT8, RowsStruct, TextStruct
+from offramp.fast.build import kernels, version
+from offramp.fast.heads import CheapHead, low_rank_head, shortlist_head
+from offramp.fast.layout import FP32, INT8, MatrixStruct, RowsStruct
 from offramp.fast.pack import Format
 from offramp.fast.rotary import Rotary
 from offramp.fast.slots import Sizes, Slot
 from offramp.fast.weights import Taken
 from offramp.meter import Meter
+from offramp.probe import Readout
 
 _Run = Callable[..., int]
 _WORTH_SHARING = 200_000
@@ -46,10 +48,14 @@ class FastBackbone:
         self.meter = Meter()
         self.fingerprint = fingerprint
         self.batched = self.ragged = True
-        self.weights = weights
+        self.name, self.build = "fast", version()
+        self.weights: str = weights
+        self._format: Format = weights
         self._taken, self._rotary = taken, rotary
-        self._embedding, self._embedding_scale = model.get_input_embeddings(), embedding_scale
+        self._table = model.get_input_embeddings().weight.detach().float().numpy()
+        self._embedding_scale = embedding_scale
         self._library = kernels()
+        self._cheap: dict[Hashable, CheapHead] = {}
         struct = taken.struct
         int8 = weights in ("int8", "int4")  # keys and values are held as roughly as the weights
         struct.kv_format = INT8 if int8 else FP32
@@ -70,17 +76,14 @@ class FastBackbone:
     @torch.no_grad()
     def embed(self, spans: Sequence[Span]) -> Tensor:
         """Return the inputs of the first layer for these rows, ``[N, D]``."""
-        ids = torch.tensor([token for span in spans for token in span.ids])
-        rows: Tensor = self._embedding(ids).float()
+        rows = torch.from_numpy(self._table[[token for span in spans for token in span.ids]])
         return rows if self._embedding_scale == 1 else rows * self._embedding_scale
 
     def run(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> Tensor:
         """Run ``hidden [N, D]`` through ``layers`` in order, appending keys and values."""
         rows = hidden.clone(memory_format=torch.contiguous_format)  # changed in place
         self._call(self._library.offramp_run, layers, rows, spans)
-        self.meter.layer_passes += len(layers)
-        self.meter.layer_tokens += len(layers) * len(rows)
-        self.meter.attended += len(layers) * sum(map(_attended, spans))
+        self.meter.ran(len(layers), spans)
         return rows
 
     def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:
@@ -89,38 +92,66 @@ class FastBackbone:
         Only the norm and the key and value projections run.
         """
         self._call(self._library.offramp_fill, layers, hidden.contiguous(), spans)
-        self.meter.fill_passes += len(layers)
-        self.meter.fill_rows += len(layers) * len(hidden)
+        self.meter.filled(len(layers), len(hidden))
 
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
         """Return logits ``[N, V]`` of states ``[N, D]``; every depth shares norm and head."""
+        self.meter.read(len(hidden))
+        return self._read(None, self._taken.struct.head, self.shape.head_weights, hidden)
+
+    def shortlist(self, tokens: Tensor) -> Readout:
+        """Return a readout of these vocabulary entries alone: logits ``[N, len(tokens)]``."""
+        key = tuple(tokens.tolist())
+        if key not in self._cheap:
+            head = self.model.get_output_embeddings()
+            self._cheap[key] = shortlist_head(head, tokens, self._format)
+        return self._reading(self._cheap[key])
+
+    def low_rank(self, rank: int) -> Readout:
+        """Return a readout by the head's best approximation of this rank: logits ``[N, V]``."""
+        if rank not in self._cheap:
+            head = self.model.get_output_embeddings()
+            self._cheap[rank] = low_rank_head(head, self._taken.gains, rank, self._format)
+        return self._reading(self._cheap[rank])
+
+    def _reading(self, cheap: CheapHead) -> Readout:
+        def readout(hidden: Tensor, _depth: int) -> Tensor:
+            self.meter.checked(len(hidden))
+            return self._read(cheap.down, cheap.head, cheap.weights, hidden)
+
+        return readout
+
+    def _read(
+        self, down: MatrixStruct | None, head: MatrixStruct, weights: int, hidden: Tensor
+    ) -> Tensor:
+        """Return logits ``[N, outputs]`` of one head, of one matrix or two."""
         hidden = hidden.contiguous()
-        logits = torch.empty(len(hidden), self.shape.vocab_size)
+        logits = torch.empty(len(hidden), head.outputs)
         status = self._library.offramp_readout(
             self._taken.struct,
-            None,
-            self._taken.struct.head,
+            down,
+            head,
             hidden.data_ptr(),
             len(hidden),
             logits.data_ptr(),
-            _threads(len(hidden) * self.shape.head_weights),
+            _threads(len(hidden) * weights),
         )
         _check(status)
-        self.meter.head_passes += 1
-        self.meter.head_rows += len(hidden)
         return logits
 
     def multiplied(self) -> list[dict[str, int]]:
         """Return, per layer, the rows that each kind of matrix has multiplied so far.
 
-        Counted by the kernels themselves; the last entry is the vocabulary head's.
+        Counted by the kernels themselves; the last entry is of the vocabulary head and its cheap
+        stand-ins.
         """
         kinds = {"key": "qkv", "output": "output", "mlp": "down"}
         counts = [
             {kind: getattr(layer, name).rows for kind, name in kinds.items()}
             for layer in self._taken.layers
         ]
-        return [*counts, {"head": self._taken.struct.head.rows}]
+        checks = sum(cheap.head.rows for cheap in self._cheap.values())
+        return [*counts, {"head": self._taken.struct.head.rows, "check": checks}]
 
     def _call(
         self, function: _Run, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]
@@ -151,32 +182,16 @@ class FastBackbone:
 
 def _rows(spans: Sequence[Span]) -> RowsStruct:
     """Tell the kernels whose row is whose."""
-    texts = (TextStruct * len(spans))()
-    for struct, span in zip(texts, spans, strict=True):
-        slot = span.text.slot
-        struct.keys, struct.values = slot.keys.data_ptr(), slot.values.data_ptr()
-        struct.key_steps, struct.value_steps = (
-            slot.key_steps.data_ptr(),
-            slot.value_steps.data_ptr(),
-        )
-        struct.capacity = slot.capacity
-    count = sum(map(len, spans))
-    text, position = (ctypes.c_int32 * count)(), (ctypes.c_int32 * count)()
-    row = 0
-    for index, span in enumerate(spans):
-        stop = row + len(span)
-        text[row:stop] = [index] * len(span)
-        position[row:stop] = list(range(span.start, span.stop))
-        row = stop
-    whole, numbers = ctypes.POINTER(TextStruct), ctypes.POINTER(ctypes.c_int32)
+    addresses = [span.text.slot.address for span in spans]
+    text = [i for i, span in enumerate(spans) for _ in range(len(span))]
+    position = [p for span in spans for p in range(span.start, span.stop)]
+    count = len(position)
     return RowsStruct(
-        ctypes.cast(texts, whole), ctypes.cast(text, numbers), ctypes.cast(position, numbers), count
+        (ctypes.c_void_p * len(spans))(*addresses),
+        (ctypes.c_int32 * count)(*text),
+        (ctypes.c_int32 * count)(*position),
+        count,
     )
-
-
-def _attended(span: Span) -> int:
-    """Return the keys this span's rows look at: position p sees p + 1."""
-    return (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
 
 
 def _threads(products: int) -> int:

@@ -31,8 +31,8 @@ def kernels() -> ctypes.CDLL:
     Raises:
         UnavailableError: there is no compiler, no room for the result, or it does not work.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    file = cache_dir() / f"kernels-{_key(compiler)}.so"
+    compiler = _compiler()
+    file = cache_dir() / f"kernels-{version()}.so"
     if not file.is_file():
         _compile(compiler, file)
     try:
@@ -40,6 +40,17 @@ def kernels() -> ctypes.CDLL:
     except OSError as error:
         raise UnavailableError(f"the fast kernels cannot be loaded: {error}") from error
     return _declared(library)
+
+
+def version() -> str:
+    """Return what tells these kernels from others: source, flags, compiler, processor, hashed."""
+    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest.update(repr((_FLAGS, _compiler(), platform.machine(), _processor())).encode())
+    return digest.hexdigest()[:16]
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
 def _compile(compiler: str | None, file: Path) -> None:
@@ -69,13 +80,6 @@ def _compile(compiler: str | None, file: Path) -> None:
         raise UnavailableError(f"{compiler} cannot be run: {error.strerror}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _key(compiler: str | None) -> str:
-    """Return what a compiled library depends on: source, flags, compiler and processor."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
-    digest.update(repr((_FLAGS, compiler, platform.machine(), _processor())).encode())
-    return digest.hexdigest()[:16]
 
 
 def _processor() -> str:

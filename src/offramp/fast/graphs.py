@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp.backbone import Shape
 from offramp.batch import Span
@@ -22,7 +22,10 @@ from offramp.fast.fused import Fused
 from offramp.fast.layer import Layers, Rows
 from offramp.fast.rotary import Rotary
 from offramp.fast.static import StaticSlot, Store, at_least
+from offramp.heads import low_rank
+from offramp.hf.heads import linear
 from offramp.meter import Meter
+from offramp.probe import Readout
 
 _CHUNK = 1024
 """Most rows of one call: what comes on top is cut, which bounds memory and the number of shapes."""
@@ -48,12 +51,17 @@ class GraphBackbone:
         *,
         fingerprint: str,
         embedding_scale: float,
+        weights: str,
     ) -> None:
         self.model = model
         self.shape = shape
         self.meter = Meter()
         self.fingerprint = fingerprint
         self.batched = self.ragged = True
+        self.name, self.weights = "fast", weights
+        self.build = f"torch {torch.__version__}, fixed shapes on {model.device.type}"
+        self.cheap: dict[Hashable, nn.Module] = {}
+        """Heads of cheap checks, each made once."""
         self._fused, self._rotary = fused, rotary
         self._embedding, self._embedding_scale = model.get_input_embeddings(), embedding_scale
         self._head = model.get_output_embeddings()
@@ -91,9 +99,7 @@ class GraphBackbone:
         segment = partial(self.layers.run, path, length)
         made = self._replayed(("run", path, length), segment, hidden, spans)
         self._appended(layers, spans)
-        self.meter.layer_passes += len(layers)
-        self.meter.layer_tokens += len(layers) * len(hidden)
-        self.meter.attended += len(layers) * sum(map(_attended, spans))
+        self.meter.ran(len(layers), spans)
         return made
 
     @torch.no_grad()
@@ -106,20 +112,51 @@ class GraphBackbone:
         path = tuple(layers)
         self._replayed(("fill", path), partial(self.layers.fill, path), hidden, spans)
         self._appended(layers, spans)
-        self.meter.fill_passes += len(layers)
-        self.meter.fill_rows += len(layers) * len(hidden)
+        self.meter.filled(len(layers), len(hidden))
 
     @torch.no_grad()
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
         """Return logits ``[N, V]`` of states ``[N, D]``; every depth shares norm and head."""
+        self.meter.read(len(hidden))
+        return self._read(self._head, hidden)
+
+    @torch.no_grad()
+    def shortlist(self, tokens: Tensor) -> Readout:
+        """Return a readout of these vocabulary entries alone: logits ``[N, len(tokens)]``."""
+        key = tuple(tokens.tolist())
+        if key not in self.cheap:
+            head, chosen = self._head, tokens.to(self._device)
+            bias = None if head.bias is None else head.bias[chosen]
+            self.cheap[key] = linear(head.weight[chosen], bias)
+        return self._reading(self.cheap[key])
+
+    @torch.no_grad()
+    def low_rank(self, rank: int) -> Readout:
+        """Return a readout by the head's best approximation of this rank: logits ``[N, V]``."""
+        if rank not in self.cheap:
+            weight = self._head.weight
+            up, down = low_rank(weight, self._fused.top.gains, rank)
+            self.cheap[rank] = nn.Sequential(
+                linear(down.to(weight.dtype), None), linear(up.to(weight.dtype), self._head.bias)
+            )
+        return self._reading(self.cheap[rank])
+
+    def _reading(self, head: nn.Module) -> Readout:
+        @torch.no_grad()
+        def readout(hidden: Tensor, _depth: int) -> Tensor:
+            self.meter.checked(len(hidden))
+            return self._read(head, hidden)
+
+        return readout
+
+    def _read(self, head: nn.Module, hidden: Tensor) -> Tensor:
+        """Return logits ``[N, outputs]`` of one head after the last norm."""
         top = self._fused.top
-        logits: Tensor = self._head(self.layers.read(hidden.to(self._device)))
+        logits: Tensor = head(self.layers.read(hidden.to(self._device)))
         if top.logit_scale != 1:
             logits = logits * top.logit_scale
         if top.logit_softcap:
             logits = torch.tanh(logits / top.logit_softcap) * top.logit_softcap
-        self.meter.head_passes += 1
-        self.meter.head_rows += len(hidden)
         return logits
 
     def _replayed(
@@ -234,8 +271,3 @@ def _layout(
             places += range(len(cells) * wide, len(cells) * wide + count)
             cells.append([*range(row, row + count), *[row] * (wide - count)])
     return slots, positions, places, cells
-
-
-def _attended(span: Span) -> int:
-    """Return the keys this span's rows look at: position p sees p + 1."""
-    return (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2

@@ -25,6 +25,7 @@ constexpr int LANES = 16;
 constexpr int GROUP = 32;    // inputs that share a scale
 constexpr int CHUNK = 256;   // rows that go through the layers together: their states stay in cache
 constexpr int TILE = 8;      // rows whose sums fit into registers
+constexpr int SHARED_ROWS = 4;  // rows per thread from which on threads take whole rows
 constexpr int SHARE = 1024;  // keys that are attended to at a time
 
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
@@ -32,7 +33,8 @@ typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(64), aligned(1), may_alias));
 typedef int8_t Codes __attribute__((vector_size(16), aligned(1), may_alias));
 
-enum Format : int32_t { FP32, BF16, INT8, INT4 };
+// INT8_FINE: weights as in INT8, read by states of 16 bits in place of 8.
+enum Format : int32_t { FP32, BF16, INT8, INT4, INT8_FINE };
 enum HeadNorm : int32_t { NO_NORM, PER_HEAD, WHOLE };
 enum Activation : int32_t { SILU, GELU_TANH, GELU };
 
@@ -75,7 +77,7 @@ struct Text {
 };
 
 struct Rows {
-    const Text *texts;
+    const Text *const *texts;
     const int32_t *text;      // [N]: whose row this is
     const int32_t *position;  // [N]
     int32_t count;
@@ -189,6 +191,11 @@ inline Ints rounded(Floats x) {
     return (Ints)(x + magic) - (Ints)magic;
 }
 
+inline void store_codes(int8_t *to, Ints first, Ints second) {
+    *reinterpret_cast<Codes *>(to) = __builtin_convertvector(first, Codes);
+    *reinterpret_cast<Codes *>(to + LANES) = __builtin_convertvector(second, Codes);
+}
+
 // Codes of GROUP values as signed bytes; returns the value of one code.
 inline float quantise_group(const float *from, int8_t *to, int32_t &sum) {
     const Floats low = load(from), high = load(from + LANES);
@@ -196,10 +203,23 @@ inline float quantise_group(const float *from, int8_t *to, int32_t &sum) {
     const float best = largest(a > b ? a : b);
     const float inverse = best > 0 ? 127.0f / best : 0.0f;
     const Ints first = rounded(low * inverse), second = rounded(high * inverse);
-    *reinterpret_cast<Codes *>(to) = __builtin_convertvector(first, Codes);
-    *reinterpret_cast<Codes *>(to + LANES) = __builtin_convertvector(second, Codes);
+    store_codes(to, first, second);
     sum = total(first + second);
     return best / 127.0f;
+}
+
+constexpr float FINE = 254.0f;  // steps of the rest in one step of a code
+
+// What codes of this step leave over, as signed bytes of step / FINE; sum as before, of the rest.
+inline void quantise_rest(const float *from, float step, const int8_t *codes, int8_t *to,
+                          int32_t &sum) {
+    const float inverse = step > 0 ? 1.0f / step : 0.0f;
+    const Codes *whole = reinterpret_cast<const Codes *>(codes);
+    const Floats low = load(from) * inverse - __builtin_convertvector(whole[0], Floats);
+    const Floats high = load(from + LANES) * inverse - __builtin_convertvector(whole[1], Floats);
+    const Ints first = rounded(low * FINE), second = rounded(high * FINE);
+    store_codes(to, first, second);
+    sum = total(first + second);
 }
 
 // ---------------------------------------------------------------- activations
@@ -208,19 +228,21 @@ inline float quantise_group(const float *from, int8_t *to, int32_t &sum) {
 struct Inputs {
     float *states;  // [N, width]
     int8_t *codes;  // [N, width]
+    int8_t *rest;   // [N, width]: what the codes leave over, for INT8_FINE
     float *steps;   // [N, width / GROUP]: the value of one code
     float *sums;    // [N, width / GROUP]: of the values, for the weights' minimum
     int width;
 };
 
-void quantise(const Inputs &x, int row, int inputs) {
+void quantise(const Inputs &x, int row, int inputs, bool fine) {
     const int groups = x.width / GROUP;
     for (int group = 0; group < inputs / GROUP; group++) {
         const int64_t at = int64_t(row) * x.width + group * GROUP;
-        int32_t sum;
+        int32_t sum, rest = 0;
         const float step = quantise_group(x.states + at, x.codes + at, sum);
+        if (fine) quantise_rest(x.states + at, step, x.codes + at, x.rest + at, rest);
         x.steps[int64_t(row) * groups + group] = step;
-        x.sums[int64_t(row) * groups + group] = step * float(sum);
+        x.sums[int64_t(row) * groups + group] = step * (float(sum) + float(rest) / FINE);
     }
 }
 
@@ -228,7 +250,7 @@ void quantise(const Inputs &x, int row, int inputs) {
 void ready(const Inputs &x, int row, const Matrix &matrix, int size) {
     float *states = x.states + int64_t(row) * x.width;
     std::fill(states + size, states + matrix.inputs, 0.0f);
-    if (matrix.format >= INT8) quantise(x, row, matrix.inputs);
+    if (matrix.format >= INT8) quantise(x, row, matrix.inputs, matrix.format == INT8_FINE);
 }
 
 // ---------------------------------------------------------------- matrix products
@@ -274,27 +296,32 @@ void block_quantised(const uint8_t *block, const Inputs &x, int row, int inputs,
     constexpr int STRIDE = F == INT4 ? 320 : 576;
     const int groups = x.width / GROUP;
     for (int group = 0; group < inputs / GROUP; group++, block += STRIDE) {
-        const int8_t *codes = x.codes + int64_t(row) * x.width + group * GROUP;
-        Ints dots[M] = {};
+        const int64_t at = int64_t(row) * x.width + group * GROUP;
+        Ints dots[M] = {}, rest[M] = {};
         for (int part = 0; part < (F == INT4 ? 4 : 8); part++) {
-            Bytes weights = *reinterpret_cast<const Bytes *>(block + 64 + 64 * part);
-            if (F == INT8) {
-                for (int r = 0; r < M; r++)
-                    dots[r] = add_products(dots[r], weights, codes + r * int64_t(x.width) + 4 * part);
+            const Bytes weights = *reinterpret_cast<const Bytes *>(block + 64 + 64 * part);
+            if (F != INT4) {
+                for (int r = 0; r < M; r++) {
+                    const int64_t four = at + r * int64_t(x.width) + 4 * part;
+                    dots[r] = add_products(dots[r], weights, x.codes + four);
+                    if (F == INT8_FINE) rest[r] = add_products(rest[r], weights, x.rest + four);
+                }
                 continue;
             }
-            Ints words = (Ints)weights;
-            Ints low = words & 0x0f0f0f0f, high = (words >> 4) & 0x0f0f0f0f;
+            const Ints words = (Ints)weights;
+            const Ints low = words & 0x0f0f0f0f, high = (words >> 4) & 0x0f0f0f0f;
             for (int r = 0; r < M; r++) {
-                const int8_t *eight = codes + r * int64_t(x.width) + 8 * part;
+                const int8_t *eight = x.codes + at + r * int64_t(x.width) + 8 * part;
                 dots[r] = add_products(dots[r], (Bytes)low, eight);
                 dots[r] = add_products(dots[r], (Bytes)high, eight + 4);
             }
         }
-        Floats step = halves(block), minimum = halves(block + 32);
+        const Floats step = halves(block), minimum = halves(block + 32);
         for (int r = 0; r < M; r++) {
-            int64_t at = int64_t(row + r) * groups + group;
-            out[r] += step * x.steps[at] * as_floats(dots[r]) + minimum * x.sums[at];
+            const int64_t one = int64_t(row + r) * groups + group;
+            Floats dot = as_floats(dots[r]);
+            if (F == INT8_FINE) dot += as_floats(rest[r]) * (1.0f / FINE);
+            out[r] += step * x.steps[one] * dot + minimum * x.sums[one];
         }
     }
 }
@@ -305,6 +332,7 @@ void block_any(const Matrix &m, const uint8_t *block, const Inputs &x, int row, 
         case FP32: return block_fp32<M>(block, x, row, m.inputs, out);
         case BF16: return block_bf16<M>(block, x, row, m.inputs, out);
         case INT8: return block_quantised<M, INT8>(block, x, row, m.inputs, out);
+        case INT8_FINE: return block_quantised<M, INT8_FINE>(block, x, row, m.inputs, out);
         default: return block_quantised<M, INT4>(block, x, row, m.inputs, out);
     }
 }
@@ -313,7 +341,8 @@ int64_t block_bytes(const Matrix &m) {
     switch (m.format) {
         case FP32: return int64_t(m.inputs) * LANES * 4;
         case BF16: return int64_t(m.inputs) * LANES * 2;
-        case INT8: return int64_t(m.inputs) / GROUP * 576;
+        case INT8:
+        case INT8_FINE: return int64_t(m.inputs) / GROUP * 576;
         default: return int64_t(m.inputs) / GROUP * 320;
     }
 }
@@ -702,8 +731,8 @@ bool allocate(const Model &m, Buffers &b, int rows, int width, int64_t wide, int
                      2 * aligned(MOST_HEADS * b.padded / GROUP * 4) +
                      aligned(MOST_HEADS * b.longest * 4);
     const size_t n = rows, groups = b.x.width / GROUP;
-    const size_t parts = size_t(2) * threads * m.kv_heads * b.shares * part_size(m);
-    const size_t sizes[] = {aligned(n * b.x.width * 4), aligned(n * b.x.width),
+    const size_t parts = size_t(SHARED_ROWS) * threads * m.kv_heads * b.shares * part_size(m);
+    const size_t sizes[] = {aligned(n * b.x.width * 4), 2 * aligned(n * b.x.width),
                             aligned(n * groups * 4),    aligned(n * groups * 4),
                             aligned(n * b.wide_stride * 4), aligned(n * b.narrow_stride * 4),
                             threads * b.scratch_size,   parts};
@@ -715,6 +744,7 @@ bool allocate(const Model &m, Buffers &b, int rows, int width, int64_t wide, int
     auto take = [&](int i) { char *part = at; at += sizes[i]; return part; };
     b.x.states = reinterpret_cast<float *>(take(0));
     b.x.codes = reinterpret_cast<int8_t *>(take(1));
+    b.x.rest = b.x.codes + aligned(n * b.x.width);
     b.x.steps = reinterpret_cast<float *>(take(2));
     b.x.sums = reinterpret_cast<float *>(take(3));
     b.wide = reinterpret_cast<float *>(take(4));
@@ -872,7 +902,7 @@ void attend_share(const Model &m, const Place &at, const Reach &r, const float *
 void attend_row(const Model &m, int index, const Rows &rows, const Buffers &b, int row, int from,
                 int to, int place_of_row, const Scratch &s) {
     const Reach r = reach(m.layers[index], rows.position[row]);
-    const Place at = place(m, rows.texts[rows.text[row]], index);
+    const Place at = place(m, *rows.texts[rows.text[row]], index);
     const int shared = m.heads / m.kv_heads, shares = r.end - r.begin;
     for (int i = from; i < to;) {
         const int own = i % shared, share = i / shared % shares, kv = i / shared / shares;
@@ -906,7 +936,7 @@ void merge(const Model &m, int index, const Rows &rows, const Buffers &b, int ro
 }
 
 // Whether threads take whole rows; otherwise they divide the keys of each.
-bool whole_rows(int rows, int threads) { return rows >= 2 * threads || threads == 1; }
+bool whole_rows(int rows, int threads) { return rows >= SHARED_ROWS * threads || threads == 1; }
 
 void attention(const Model &m, int index, const Rows &rows, const Buffers &b) {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -939,7 +969,7 @@ void store_rows(const Model &m, int index, const Rows &rows, const Buffers &b, b
         const int position = rows.position[row];
         if (queries) ask(m, m.layers[index], qkv, position);
         keep(m, m.layers[index], qkv + m.heads * m.head_size,
-             place(m, rows.texts[rows.text[row]], index), position, s);
+             place(m, *rows.texts[rows.text[row]], index), position, s);
     });
 }
 
@@ -992,8 +1022,8 @@ void run_layer(const Model &m, int index, const Rows &rows, float *hidden, const
 // The inputs of a product from this row on.
 Inputs from_row(const Inputs &x, int64_t row) {
     const int64_t groups = x.width / GROUP;
-    return {x.states + row * x.width, x.codes + row * x.width, x.steps + row * groups,
-            x.sums + row * groups, x.width};
+    return {x.states + row * x.width, x.codes + row * x.width, x.rest + row * x.width,
+            x.steps + row * groups,   x.sums + row * groups,   x.width};
 }
 
 // Keys and values of several layers whose inputs are all the same rows: the products of all layers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import ClassVar
 
-FP32, BF16, INT8, INT4 = range(4)
+FP32, BF16, INT8, INT4, INT8_FINE = range(5)
 NO_NORM, PER_HEAD, WHOLE = range(3)
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
 
@@ -65,7 +65,7 @@ class RowsStruct(ctypes.Structure):
     """Whose row is whose, and at which position."""
 
     _fields_: ClassVar = [
-        ("texts", ctypes.POINTER(TextStruct)),
+        ("texts", ctypes.POINTER(_pointer)),  # to TextStruct
         ("text", ctypes.POINTER(_int)),
         ("position", ctypes.POINTER(_int)),
         ("count", _int),

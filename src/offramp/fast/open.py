@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from offramp.backbone import Backbone
 from offramp.batch import Text
@@ -14,7 +15,7 @@ from offramp.fast.backbone import FastBackbone
 from offramp.fast.build import kernels
 from offramp.fast.fused import fuse
 from offramp.fast.graphs import GraphBackbone
-from offramp.fast.pack import BYTES, Format
+from offramp.fast.pack import BYTES, KV_BYTES, Format
 from offramp.fast.parts import refusal
 from offramp.fast.rotary import Rotary, prepared, windows
 from offramp.fast.weights import take
@@ -76,6 +77,8 @@ def open_graphs(generic: HFBackbone) -> GraphBackbone:
     rotary, windows_ = Rotary(generic.adapter), windows(generic.adapter)
     fused = fuse(model, list(generic.adapter.layers))
     rotary.size(fused.facts.head_size)  # refuses tables that do not fit
+    embedding = model.get_input_embeddings()
+    first = torch.zeros(1, dtype=torch.long, device=model.device)
     backbone = GraphBackbone(
         model,
         fused,
@@ -83,7 +86,8 @@ def open_graphs(generic: HFBackbone) -> GraphBackbone:
         windows_,
         replace(generic.shape, fill_weights=generic.shape.kv_weights),
         fingerprint=generic.fingerprint,
-        embedding_scale=_embedding_scale(generic),
+        embedding_scale=_embedding_scale(generic, embedding(first)[0]),
+        weights=weights,
     )
     _check(backbone, generic, weights, range(generic.shape.num_layers))
     backbone.graphs.clear()  # the check's segments are nobody else's
@@ -113,10 +117,11 @@ def _made(
             generic.shape,
             fill_weights=generic.shape.kv_weights,
             bytes_per_weight=BYTES[weights],
+            kv_bytes=KV_BYTES[weights],
             head_bytes_per_weight=taken.head_bytes,
         ),
         fingerprint=generic.fingerprint,
-        embedding_scale=_embedding_scale(generic),
+        embedding_scale=_embedding_scale(generic, generic.model.get_input_embeddings().weight[0]),
         weights=weights,
     )
 
@@ -130,13 +135,10 @@ def _one_of_each(generic: HFBackbone, rotary: Rotary, windows: list[int]) -> lis
     return sorted({*first.values(), generic.shape.num_layers - 1})
 
 
-def _embedding_scale(generic: HFBackbone) -> float:
-    """Return what the model multiplies its embeddings by on the way to the first layer."""
+def _embedding_scale(generic: HFBackbone, looked_up: Tensor) -> float:
+    """Return what the model multiplies this embedding of token 0 by before the first layer."""
     asked = prepared(generic.adapter, 0, 1).hidden.float()
-    first = torch.zeros(1, 1, dtype=torch.long, device=generic.model.device)
-    with torch.no_grad():
-        looked_up = generic.model.get_input_embeddings()(first)
-    size = looked_up.float().norm().item()
+    size = looked_up.detach().float().norm().item()
     scale = asked.norm().item() / size if size else 1.0
     return 1.0 if abs(scale - 1) < 1e-6 else scale
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from offramp.fast.layout import TextStruct
 from offramp.fast.memory import zeros
 
 LANES, GROUP = 16, 32
@@ -36,13 +38,19 @@ class Slot:
     ``lengths`` says how many positions each layer holds; trimming is a change of it.
     """
 
-    __slots__ = ("capacity", "key_steps", "keys", "lengths", "sizes", "value_steps", "values")
+    __slots__ = (
+        *("address", "capacity", "key_steps", "keys", "lengths", "sizes", "struct"),
+        *("value_steps", "values"),
+    )
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
         self.lengths = [0] * sizes.layers
         self.capacity = 0
         self.keys = self.values = self.key_steps = self.value_steps = torch.empty(0)
+        self.struct = TextStruct()
+        self.address = ctypes.addressof(self.struct)
+        """Where the kernels find the buffers."""
 
     def reserve(self, positions: int) -> None:
         """Make room for this many positions."""
@@ -64,6 +72,12 @@ class Slot:
         self.keys, self.values = grown[:2]
         self.key_steps, self.value_steps = grown[2:] or (self.key_steps, self.value_steps)
         self.capacity = room
+        places = (self.keys, self.values, self.key_steps, self.value_steps)
+        for name, buffer in zip(
+            ("keys", "values", "key_steps", "value_steps"), places, strict=True
+        ):
+            setattr(self.struct, name, buffer.data_ptr())
+        self.struct.capacity = room
 
     def trim(self, length: int, first_layer: int) -> None:
         """Forget positions from ``length`` on in every layer from ``first_layer`` on."""

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from offramp.fast.layout import LayerStruct, MatrixStruct, ModelStruct
+from offramp.fast.layout import INT8, LayerStruct, MatrixStruct, ModelStruct
 from offramp.fast.memory import Arena
 from offramp.fast.pack import BYTES, LANES, Format, pack
 from offramp.fast.parts import Matrix, Reader
@@ -23,6 +23,8 @@ class Taken:
     layers: ctypes.Array[LayerStruct]
     head_bytes: float
     """Bytes per weight of the vocabulary head."""
+    gains: Tensor
+    """``[D]`` of the last norm."""
     kept: list[Tensor] = field(default_factory=list)
 
 
@@ -45,9 +47,9 @@ def take(
     structs = (LayerStruct * len(layers))()
     for index in range(len(layers)) if only is None else only:
         taker.layer(structs[index], layers[index])
-    struct = taker.top(head_form)
+    struct, gains = taker.top(head_form)
     struct.layers = ctypes.cast(structs, ctypes.POINTER(LayerStruct))
-    return Taken(struct, structs, BYTES[head_form], taker.kept)
+    return Taken(struct, structs, BYTES[head_form], gains, taker.kept)
 
 
 class _Taker:
@@ -68,16 +70,18 @@ class _Taker:
             setattr(struct, place, self._address(gains))
         struct.head_norm = parts.head_norm
 
-    def top(self, form: Format) -> ModelStruct:
-        """Return the model with its last norm, its head and what scales the logits."""
+    def top(self, form: Format) -> tuple[ModelStruct, Tensor]:
+        """Return the model with its head and what scales the logits, and its last norm's gains."""
         parts = self._reader.top()
         assert self._reader.facts is not None
         struct = ModelStruct(**asdict(self._reader.facts))
         struct.norm = self._address(parts.gains)
         struct.epsilon = parts.epsilon
         struct.head = self._matrix(parts.head, form)
+        if self._form == "int4":  # beside such layers 8-bit states do, and many rows take half
+            struct.head.format = INT8
         struct.logit_scale, struct.logit_softcap = parts.logit_scale, parts.logit_softcap
-        return struct
+        return struct, parts.gains
 
     def _matrix(self, matrix: Matrix, form: Format | None = None) -> MatrixStruct:
         """Pack modules side by side; each part begins at a whole block."""

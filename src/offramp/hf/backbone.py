@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offramp.backbone import Shape
 from offramp.batch import Span
 from offramp.hf.adapter import Adapter, Prepared
 from offramp.hf.cache import FilledError, LayerStore, Slot, group_cache, padding_mask
+from offramp.hf.heads import HeadPlace
 from offramp.meter import Meter
+from offramp.probe import Readout
+
+_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass
@@ -40,9 +46,13 @@ class HFBackbone:
         self.adapter = adapter
         self.shape = shape
         self.meter = Meter()
+        self.name, self.weights = "hf", _FORMATS.get(model.dtype, str(model.dtype)[6:])
+        self.build = f"torch {torch.__version__}, transformers {transformers.__version__}"
         self.fingerprint = fingerprint(model)
         self.batched = True  # the self-check turns it off where texts cannot share a call
         self.ragged = False
+        self.cheap: dict[Hashable, nn.Module] = {}
+        """Heads of cheap checks, each made once."""
         self._key: tuple[Any, ...] = ()
         self._groups: list[_Group] = []
 
@@ -76,9 +86,7 @@ class HFBackbone:
             for layer in layers:
                 rows = self.adapter.call(layer, rows, group.prepared)
             done.append((group.members, rows))
-            self.meter.layer_passes += len(layers)
-        self.meter.layer_tokens += len(layers) * len(hidden)
-        self.meter.attended += len(layers) * sum(map(_attended, spans))
+            self.meter.ran(len(layers), [spans[i] for i in group.members])
         return _join(done)
 
     @torch.no_grad()
@@ -97,15 +105,48 @@ class HFBackbone:
                 with suppress(FilledError):
                     self.adapter.call(layer, rows, group.prepared)
                 store.only_fill = False
-            self.meter.fill_passes += len(layers)
-        self.meter.fill_rows += len(layers) * len(hidden)
+            self.meter.filled(len(layers), rows.shape[0] * rows.shape[1])
 
     @torch.no_grad()
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
         """Return logits ``[N, V]`` of states ``[N, D]``; every depth shares norm and head."""
-        self.meter.head_passes += 1
-        self.meter.head_rows += len(hidden)
+        self.meter.read(len(hidden))
         return self.adapter.readout(hidden.to(self.model.device))  # a trace's states lie elsewhere
+
+    @torch.no_grad()
+    def shortlist(self, tokens: Tensor) -> Readout:
+        """Return a readout of these vocabulary entries alone: logits ``[N, len(tokens)]``.
+
+        Raises:
+            UnsupportedModelError: the model's head cannot be stood in for.
+        """
+        key = tuple(tokens.tolist())
+        if key not in self.cheap:
+            self.cheap[key] = self._place.shortlist(tokens)
+        return self._reading(self.cheap[key])
+
+    @torch.no_grad()
+    def low_rank(self, rank: int) -> Readout:
+        """Return a readout by the head's best approximation of this rank: logits ``[N, V]``.
+
+        Raises:
+            UnsupportedModelError: the model's head cannot be stood in for.
+        """
+        if rank not in self.cheap:
+            self.cheap[rank] = self._place.low_rank(rank)
+        return self._reading(self.cheap[rank])
+
+    @cached_property
+    def _place(self) -> HeadPlace:
+        return HeadPlace(self.model, self.adapter)
+
+    def _reading(self, head: nn.Module) -> Readout:
+        @torch.no_grad()
+        def readout(hidden: Tensor, _depth: int) -> Tensor:
+            self.meter.checked(len(hidden))
+            return self._place.readout(head, hidden.to(self.model.device))
+
+        return readout
 
     def _prepare(self, spans: Sequence[Span]) -> list[_Group]:
         """Ask the model what its layers need for these rows; the last answer is kept."""
@@ -133,11 +174,6 @@ class HFBackbone:
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(rows, device=device)
         cache = group_cache([span.text.slot for span in spans], starts, rows)
         return self.adapter.prepare(ids, positions, padding_mask(starts, rows, device), cache)
-
-
-def _attended(span: Span) -> int:
-    """Return the keys this span's rows look at: position p sees p + 1."""
-    return (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
 
 
 def _join(parts: list[tuple[list[int], Tensor]]) -> Tensor:

@@ -47,21 +47,35 @@ def load_checkpoint(
         OfframpError: it cannot be found or read; the message says what to do.
         UnsupportedModelError: it is no causal LM.
     """
-    source = default_gguf() if name is None else name
     shown = DEFAULT_MODEL if name is None else name
+    source, _ = locate(name)
     with _quiet():
-        if str(source).endswith(".gguf"):
-            source = _dequantised(Path(source))
         options = {"trust_remote_code": trust_remote_code}
-        _check_causal(str(source), shown, options)
-        model = _read_weights(str(source), shown, _DTYPES[weights], options)
+        _check_causal(source, shown, options)
+        model = _read_weights(source, shown, _DTYPES[weights], options)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(source), **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except (OSError, ValueError) as error:
             raise OfframpError(
                 f"{shown}: its tokenizer cannot be loaded: {_line(error)}"
             ) from error
     return model, tokenizer, shown
+
+
+def locate(name: str | None) -> tuple[str, Path | None]:
+    """Return what Hugging Face's ``from_pretrained`` reads, and the GGUF file it is made from.
+
+    Args:
+        name: hub id, local folder or GGUF file; None for the embedded default.
+
+    Raises:
+        OfframpError: there is no such GGUF file, or it cannot be read.
+    """
+    file = default_gguf() if name is None else Path(name)
+    if file.suffix != ".gguf":
+        return str(name), None
+    with _quiet():
+        return str(_dequantised(file)), file
 
 
 def default_gguf() -> Path:

@@ -75,6 +75,7 @@ def _shape(model: PreTrainedModel, adapter: Adapter) -> Shape:
         fill_weights=(2 * kv_heads + heads) * hidden * size,
         attention_size=heads * size,
         bytes_per_weight=next(model.parameters()).element_size(),
+        kv_bytes=next(model.parameters()).element_size(),
         head_bytes_per_weight=next(model.parameters()).element_size(),
     )
 

@@ -1,0 +1,249 @@
+"""Does skipped depth show on the clock? Single steps of the fast backbone, in turns.
+
+    python experiments/clock.py --out results/clock.json
+
+Every round times one step of every contestant in turn (A B C ... A B C ...), after a look that
+brings its weights where a step finds them; ratios are medians of ratios within a round, so that a
+busy machine changes them little. ``offramp bench`` times whole answers, and other engines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import offramp
+from offramp import cost
+from offramp.backbone import Backbone
+from offramp.batch import Text
+from offramp.bench.figures import spread
+from offramp.bench.own import ceiling_meter, make_case
+from offramp.checks import FULL_HEAD, Check, LowRank, Shortlist
+from offramp.cli.output import environment, finish
+from offramp.fast.open import open_fast
+from offramp.fast.pack import BYTES, Format
+from offramp.gate import Gate, fit_gate
+from offramp.hf.backbone import HFBackbone
+from offramp.policy import Policy, Threshold, fixed
+from offramp.step import step
+from offramp.timing import Constants, constants
+from offramp.trace import record
+
+EXIT = 12
+SHORT = 8192
+"""Entries of the head of a sub-model."""
+
+
+@dataclass
+class Contestant:
+    """One kind of step, repeatable: what it added is trimmed after each look."""
+
+    name: str
+    backbone: Backbone
+    texts: list[Text]
+    rows: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    check: Check = FULL_HEAD
+    seconds: list[float] = field(default_factory=list)
+    predicted: float = math.nan
+
+    def look(self, known: Constants) -> float:
+        """Time one step, and predict it from what it did."""
+        lengths = [len(text.ids) for text in self.texts]
+        for text in self.texts:
+            text.ids += text.ids[: self.rows]
+        before = self.backbone.meter.copy()
+        start = time.perf_counter()
+        out = step(self.backbone, self.texts, tails=[self.rows] * len(self.texts), **self.options)
+        out.logits.numpy().argmax(-1)
+        taken = time.perf_counter() - start
+        shape = self.backbone.shape
+        work = self.backbone.meter - before
+        self.predicted = cost.seconds(work, known, shape, self.check.weights(shape))
+        for text, length in zip(self.texts, lengths, strict=True):
+            text.trim(length)
+            self.backbone.trim(text.slot, length)
+        return taken
+
+
+def main() -> None:
+    """Measure, print, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--weights", choices=list(BYTES), default="int4")
+    options = parser.parse_args()
+    model = offramp.load(backbone="hf")
+    generic = model.backbone
+    assert isinstance(generic, HFBackbone)
+    [prompt] = make_case(model.tokenizer, 1, 4600, 2).prompts
+    backbone = open_fast(generic, options.weights)
+    known = constants(backbone)
+    contestants = _contestants(backbone, prompt)
+    ceilings = _race(list(contestants.values()), known, options.rounds)
+    figures = _figures(contestants, backbone, ceilings)
+    for name, figure in figures.items():
+        print(f"{name:62} {figure}")
+    finish(
+        {
+            "command": f"python experiments/clock.py --weights {options.weights} --out FILE",
+            "model": model.name,
+            "weights": options.weights,
+            "rounds": options.rounds,
+            "seed": 0,
+            **environment(),
+            "figures": figures,
+            "milliseconds": {
+                name: {
+                    "median": 1e3 * statistics.median(one.seconds),
+                    "quartiles": [1e3 * edge for edge in spread(one.seconds)[1]],
+                    "predicted": 1e3 * one.predicted,
+                }
+                for name, one in contestants.items()
+            },
+            "agreement": _agreement(generic, prompt[:1024]),
+            "second_start_seconds": _second_start(options.weights),
+        },
+        as_json=True,
+        out=options.out,
+    )
+
+
+def _contestants(backbone: Backbone, ids: list[int]) -> dict[str, Contestant]:
+    made: dict[str, Contestant] = {}
+
+    def add(name: str, context: int = 256, batch: int = 1, **facts: Any) -> None:
+        texts = [Text(ids[i : i + context], backbone.open()) for i in range(batch)]
+        step(backbone, texts)
+        known = {"rows", "check"}
+        given = {key: facts.pop(key) for key in known & facts.keys()}
+        made[name] = Contestant(name, backbone, texts, options=facts, **given)
+
+    short = Shortlist(size=SHORT)
+    first = range(EXIT)
+    add("full")
+    add("first 12", layers=first)
+    add("first 12, short head", layers=first, head=short.look(backbone), check=short)
+    add("five rows", rows=5)
+    add("context 4096", context=4096)
+    add("context 4096, first 12", context=4096, layers=first)
+    for name, check, policy in _never(backbone, ids):
+        add(f"check {name}", policy=policy, look=check.look(backbone), check=check)
+    add("leave at 12, copied", policy=fixed(EXIT), kv="copy")
+    add("sixteen", context=96, batch=16)
+    half = [i % 2 == 0 for i in range(16)]
+    add("sixteen, half leave at 12", context=96, batch=16, policy=fixed(EXIT), stay=half)
+    return made
+
+
+def _never(backbone: Backbone, ids: list[int]) -> list[tuple[str, Check, Policy]]:
+    """Return checks at one exit whose threshold nothing reaches: only the asking costs."""
+    gates = fit_gate(record(backbone, [(ids[:256], 1)], [EXIT], keep_hidden=True))
+    asked = Threshold("max_prob", ((EXIT, math.inf),))
+    heads: list[Check] = [FULL_HEAD, Shortlist(size=2048), Shortlist(size=4096), LowRank(rank=32)]
+    return [
+        *((str(check), check, asked) for check in heads),
+        ("gate", FULL_HEAD, Gate(gates, ((EXIT, math.inf),))),
+    ]
+
+
+def _race(contestants: Sequence[Contestant], known: Constants, rounds: int) -> list[float]:
+    """Time all in turns; return the bytes per second that memory gave in each round."""
+    meter, ceilings = ceiling_meter(), []
+    for turn in tqdm(range(rounds + 2), unit="round", leave=False):
+        for one in contestants:
+            time.sleep(0.02)  # threads of what came before stop spinning
+            one.look(known)
+            taken = statistics.median(one.look(known) for _ in range(3))
+            if turn >= 2:
+                one.seconds.append(taken)
+        ceilings += [meter().bytes_per_second] if turn >= 2 else []
+    return ceilings
+
+
+def _figures(
+    all_: dict[str, Contestant], backbone: Backbone, ceilings: Sequence[float]
+) -> dict[str, dict[str, float | None]]:
+    """Return what the steps say, each with its quartiles and the cost model's word."""
+    shape = backbone.shape
+    full, deep = all_["full"], shape.num_layers
+    read = shape.layer_weights * deep * shape.bytes_per_weight
+    read += shape.head_weights * shape.head_bytes_per_weight
+    read += 256 * deep * shape.kv_weights / shape.hidden_size * shape.kv_bytes
+    layer = [
+        (a - b) / (deep - EXIT) for a, b in zip(full.seconds, all_["first 12"].seconds, strict=True)
+    ]
+
+    def ratio(over: str, under: str) -> dict[str, float | None]:
+        a, b = all_[over], all_[under]
+        return _told(
+            [x / y for x, y in zip(a.seconds, b.seconds, strict=True)], a.predicted / b.predicted
+        )
+
+    checks = {
+        f"one {name}, in layers": _told(
+            [(x - y) / z for x, y, z in zip(one.seconds, full.seconds, layer, strict=True)],
+            None,
+        )
+        for name, one in all_.items()
+        if name.startswith("check")
+    }
+    return {
+        "full depth / first 12 of 30": ratio("full", "first 12"),
+        "full depth / first 12 of 30, short head": ratio("full", "first 12, short head"),
+        "the same at 4,096 tokens of context": ratio("context 4096", "context 4096, first 12"),
+        "five rows / one": ratio("five rows", "full"),
+        "256 / 4,096 tokens of context": ratio("full", "context 4096"),
+        "sixteen texts, half leave at 12 / all to 30": ratio(
+            "sixteen, half leave at 12", "sixteen"
+        ),
+        "leave at 12, states copied / full depth": ratio("leave at 12, copied", "full"),
+        "share of the memory ceiling at full depth": _told(
+            [read / s / c for s, c in zip(full.seconds, ceilings, strict=True)], None
+        ),
+        **checks,
+    }
+
+
+def _told(values: Sequence[float], predicted: float | None) -> dict[str, float | None]:
+    middle, (low, high) = spread(values)
+    return {"median": middle, "low": low, "high": high, "predicted": predicted}
+
+
+@torch.no_grad()
+def _agreement(generic: HFBackbone, ids: list[int]) -> dict[str, float]:
+    """Return the share of positions where each format's greedy choice is fp32's, teacher-forced."""
+
+    def choices(backbone: Backbone) -> torch.Tensor:
+        text = Text(list(ids), backbone.open())
+        return step(backbone, [text], tails=[len(ids)]).logits.argmax(-1)
+
+    expected = choices(generic)
+    forms: tuple[Format, ...] = ("fp32", "bf16", "int8", "int4")
+    return {
+        form: (choices(open_fast(generic, form)) == expected).float().mean().item()
+        for form in forms
+    }
+
+
+def _second_start(weights: str) -> float:
+    """Return the seconds from starting Python to a first token, all caches being there."""
+    line = f"offramp.load(weights={weights!r}, backbone='fast').generate('Hi', max_new_tokens=1)"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", f"import offramp; {line}"], check=True)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The race: who takes part, what a turn measures, and turns in one order, A B C A B C ..."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from offramp.errors import OfframpError
+
+_SETTLE = 0.02
+"""Seconds before a turn: the threads of the turn before stop spinning and sleep."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What every contestant does in a turn: read these prompts, then write as many tokens."""
+
+    prompts: list[list[int]]
+    """Token ids, all of one length."""
+    tokens: int
+    """New tokens per prompt, 2 or more: the first one belongs to reading."""
+
+    @property
+    def batch(self) -> int:
+        """Return the number of texts."""
+        return len(self.prompts)
+
+    @property
+    def context(self) -> int:
+        """Return the number of tokens in each prompt."""
+        return len(self.prompts[0])
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One turn of one contestant."""
+
+    prefill: float
+    """Seconds until every text had its first token."""
+    decode: float
+    """Seconds after that."""
+    decoded: int
+    """Tokens written in those seconds, all texts together."""
+    outputs: list[list[int]]
+    decode_bytes: float | None = None
+    """Bytes of weights, keys and values read while decoding, where known."""
+    prefill_flops: float | None = None
+    """Operations of reading the prompts, where known."""
+    predicted: float | None = None
+    """Seconds that the cost model, measured on this machine, says the decoding takes."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Somebody who takes turns."""
+
+    name: str
+    measure: Callable[[Case], Sample]
+    """Takes a turn, or raises OfframpError with the reason why it cannot."""
+    kind: str
+    """``own fast`` or ``own hf`` for a backbone of ours, else the name of the engine."""
+    weights: str | None = None
+    """The format of the weights, where known."""
+    full: bool = False
+    """Whether it is a backbone of ours that runs every layer for every token, one by one."""
+    lossless: bool = True
+    note: str = ""
+    """What is timed, where that is not plain."""
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What the machine could do at one moment."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+@dataclass
+class Race:
+    """All turns of one case that count: ``samples[i][r]`` is contestant i in round r."""
+
+    case: Case
+    contestants: Sequence[Contestant]
+    samples: list[list[Sample]]
+    reasons: list[str | None]
+    """Why a contestant did not finish."""
+    ceilings: list[Ceiling] = field(default_factory=list)
+
+
+def absent(name: str, reason: str, weights: str | None = None) -> Contestant:
+    """Return a contestant that cannot take part, and says why."""
+
+    def refuse(_case: Case) -> Sample:
+        raise OfframpError(reason)
+
+    return Contestant(name, refuse, name, weights)
+
+
+def race(
+    contestants: Sequence[Contestant],
+    case: Case,
+    rounds: int,
+    ceiling: Callable[[], Ceiling],
+    tick: Callable[[str], object],
+) -> Race:
+    """Let everybody take a turn, round after round; the first round warms up and is not kept.
+
+    Args:
+        contestants: in the order of their turns; who fails once is out of this case.
+        case: what to do.
+        rounds: rounds that count.
+        ceiling: measures the machine, once per round.
+        tick: told who has had a turn.
+    """
+    run = Race(case, contestants, [[] for _ in contestants], [None] * len(contestants))
+    for turn in range(rounds + 1):
+        for i, contestant in enumerate(contestants):
+            if run.reasons[i] is None:
+                time.sleep(_SETTLE)
+                try:
+                    sample = contestant.measure(case)
+                    run.samples[i] += [sample] if turn else []
+                except (OfframpError, MemoryError, RuntimeError) as error:
+                    run.reasons[i] = str(error) or type(error).__name__
+            tick(contestant.name)
+        time.sleep(_SETTLE)
+        measured = ceiling()
+        run.ceilings += [measured] if turn else []
+    return run

@@ -1,0 +1,379 @@
+"""How long a layer, a head, a fill and a step take on this machine: measured once, and kept.
+
+Time is not linear in rows: a pass reads its weights once, so a second row is nearly free until
+arithmetic no longer hides behind memory. So each part has a table by rows. Attention is apart: a
+row looks at keys, which a text's rows read together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from offramp.backbone import Backbone
+from offramp.batch import Span, Text
+from offramp.errors import OfframpError
+from offramp.files import cache_dir, write_text
+from offramp.machine import processor
+from offramp.step import step
+
+ROWS = (1, 4, 16, 64, 256, 2, 8, 32, 128, 512, 3, 5, 6, 12, 24)
+"""Rows at which a layer is timed, the most telling first: a slow backbone gets fewer of them."""
+_MOST_READ = 64
+"""A head or a fill rarely takes more rows; beyond, arithmetic binds, and time is linear."""
+_LONG = 1024
+"""Keys of the long text, by which the time of attention is found."""
+_TOGETHER = 4
+"""Rows that look at the long text together."""
+_BUDGET = 8.0
+"""Seconds that measuring should take; a slow backbone takes longer for one look at each point."""
+_FEWEST, _TURNS = 17, 21
+"""Points always timed (three numbers of rows); looks at each point after the first."""
+_BYTES = 2**20
+"""More than a file of constants could have."""
+
+Clock = Callable[[], float]
+Told = Callable[[float], object]
+"""Is called with the share of the measuring that is done, 0 to 1."""
+
+Seconds = Annotated[float, Field(ge=0)]
+Rows = Annotated[int, Field(ge=1)]
+
+
+def _ascending(table: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+    rows = [count for count, _ in table]
+    if rows != sorted(set(rows)):
+        raise ValueError("rows must ascend")
+    return table
+
+
+Table = Annotated[
+    tuple[tuple[Rows, Seconds], ...], Field(min_length=1, max_length=64), AfterValidator(_ascending)
+]
+"""(rows, seconds) of one call, ascending by rows."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Constants(_Record):
+    """Seconds of each part of a step, on one machine, by one backbone."""
+
+    layer: Table
+    """One layer, for the first rows of one text: attention to each other is in it."""
+    pair: Seconds
+    """One row looking at one more key, in one layer: arithmetic."""
+    key: Seconds
+    """One more key in one layer, once for all rows of its text: memory."""
+    head: Table
+    """One readout."""
+    fill: Table
+    """One layer, only for its keys and values."""
+    path: Table
+    """(layers, seconds): so many layers and the head, again and again, one row. Of few layers a
+    processor's cache keeps a part from step to step."""
+    step: Seconds
+    """What a step takes beside layers and head: preparing, embedding, looping, choosing."""
+
+    def layer_seconds(self, rows: float, context: int = 0) -> float:
+        """Return seconds of one layer for ``rows`` new rows of a text of ``context`` tokens."""
+        return at(self.layer, rows) + context * (self.pair * rows + self.key)
+
+    def head_seconds(self, rows: float) -> float:
+        """Return seconds of one readout."""
+        return at(self.head, rows)
+
+    def fill_seconds(self, rows: float) -> float:
+        """Return seconds of making one layer's keys and values."""
+        return at(self.fill, rows)
+
+    def kept_seconds(self, depth: float) -> float:
+        """Return what a step of ``depth`` layers takes more (mostly less, so negative) than they do
+        among all: what the cache keeps of them and of the head."""
+        apart = depth * self.layer_seconds(1) + self.head_seconds(1)
+        return at(self.path, depth) - apart
+
+    def summary(self) -> dict[str, object]:
+        """Return the figures a person asks for first, ready for JSON; microseconds, and layers."""
+        layer = self.layer_seconds(1)
+        return {
+            "layer_microseconds": {str(rows): 1e6 * seconds for rows, seconds in self.layer},
+            "head_microseconds": 1e6 * self.head_seconds(1),
+            "step_microseconds": 1e6 * self.step,
+            "key_microseconds": 1e6 * (self.pair + self.key),
+            "check_in_layers": self.head_seconds(1) / layer if layer else None,
+            "fill_in_layers": self.fill_seconds(1) / layer if layer else None,
+        }
+
+
+def at(table: Sequence[tuple[int, float]], rows: float) -> float:
+    """Return the seconds for so many rows: a line between neighbours, proportional at the end."""
+    i = bisect_left(table, rows, key=lambda point: point[0])
+    if i == len(table):
+        last, seconds = table[-1]
+        return seconds * rows / last
+    if i == 0:
+        return table[0][1]
+    (low, before), (high, after) = table[i - 1], table[i]
+    return before + (after - before) * (rows - low) / (high - low)
+
+
+# -- kept per model, backbone and machine
+
+
+class _Kept(_Record):
+    format: Literal[1] = 1
+    of: dict[str, str]
+    constants: Constants
+
+
+def constants(backbone: Backbone, told: Told = lambda _share: None) -> Constants:
+    """Return this backbone's constants on this machine, measured if no one has done so yet.
+
+    They are kept in the user's cache; where that cannot be written, they are measured every time.
+    """
+    found = known(backbone)
+    if found is None:
+        found = measure(backbone, told=told)
+        with suppress(OfframpError, OSError):
+            path = _path(backbone)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = _Kept(of=_of(backbone), constants=found)
+            write_text(path, kept.model_dump_json() + "\n")
+    return found
+
+
+def known(backbone: Backbone) -> Constants | None:
+    """Return the constants kept for this backbone on this machine, or None; measures nothing."""
+    try:
+        with _path(backbone).open("rb") as file:
+            kept = _Kept.model_validate_json(file.read(_BYTES))
+    except (OSError, ValidationError):  # not there, half a file, or another version's
+        return None
+    return kept.constants if kept.of == _of(backbone) else None
+
+
+def _path(backbone: Backbone) -> Path:
+    digest = hashlib.sha256(repr(sorted(_of(backbone).items())).encode())
+    return cache_dir() / f"timing-{digest.hexdigest()[:16]}.json"
+
+
+def _of(backbone: Backbone) -> dict[str, str]:
+    """Return all that times depend on."""
+    return {
+        "fingerprint": backbone.fingerprint,
+        "backbone": backbone.name,
+        "weights": backbone.weights,
+        "build": backbone.build,
+        "layers": str(backbone.shape.num_layers),
+        "threads": str(torch.get_num_threads()),
+        "cores": str(os.cpu_count()),
+        "processor": processor(),
+    }
+
+
+# -- measuring
+
+_Point = tuple[str, int]
+
+
+def measure(
+    backbone: Backbone, *, clock: Clock = time.perf_counter, told: Told = lambda _share: None
+) -> Constants:
+    """Return the constants of a backbone by timing it, all points in turn, medians.
+
+    Every look at layers runs all of them, so that each finds its weights where a step finds them
+    (one layer alone would sit in a cache).
+
+    Args:
+        backbone: what to time; its meter goes on counting.
+        clock: seconds, from any moment.
+        told: hears how far it is.
+    """
+    stand = _Stand(backbone, clock)
+    try:
+        samples = _sampled(stand, clock, told)
+        return _fitted(stand, {point: median(times) for point, times in samples.items()})
+    finally:
+        stand.close()
+
+
+class _Stand:
+    """Times parts of a backbone on two texts of its own: an empty one and a long one."""
+
+    def __init__(self, backbone: Backbone, clock: Clock) -> None:
+        shape = backbone.shape
+        self.backbone, self.clock = backbone, clock
+        self.path = range(shape.num_layers)
+        self.long = min(_LONG, shape.context // 2)
+        self.most = max(shape.context // 2, 1)
+        ids = [7919 * i % shape.vocab_size for i in range(self.long + max(ROWS))]  # all different
+        self.texts = {0: Text(ids, backbone.open())}
+        if self.long:
+            self.texts[self.long] = Text(ids, backbone.open())
+            spans = (Span(self.texts[self.long], 0, self.long),)
+            backbone.fill(self.path, backbone.embed(spans), spans)  # any keys will do
+
+    def points(self) -> list[_Point]:
+        """Return what to time, the most telling first."""
+        rows = [n for n in ROWS if n <= self.most or n == 1]
+        long = [("long", n) for n in (1, min(_TOGETHER, self.most)) if self.long]
+        parts = [
+            (part, n)
+            for n in rows
+            for part in ("layers", "head", "fill")
+            if part == "layers" or n <= _MOST_READ
+        ]
+        depth = len(self.path)
+        paths = [("path", max(depth * fifths // 5, 1)) for fifths in (2, 5, 1, 3, 4)]
+        return [("step", 1), *dict.fromkeys((*long, *paths)), *parts]
+
+    def time(self, part: str, rows: int) -> float:
+        """Return the seconds of one call; for a step, those outside its layers and head."""
+        match part:
+            case "step":
+                return self._step()
+            case "head":
+                hidden = self.backbone.embed([Span(self.texts[0], 0, rows)])
+                return self._timed(lambda: self.backbone.readout(hidden, len(self.path)))
+            case "path":
+                self._path(rows)
+                return self._path(rows)
+            case "long":
+                return self._pass(self.backbone.run, self.long, rows)
+            case "fill":
+                return self._pass(self.backbone.fill, 0, rows)
+            case _:
+                return self._pass(self.backbone.run, 0, rows)
+
+    def close(self) -> None:
+        """Give the slots back."""
+        for text in self.texts.values():
+            self.backbone.close(text.slot)
+
+    def _pass(self, run: Callable[..., object], start: int, rows: int) -> float:
+        text = self.texts[start]
+        spans = (Span(text, start, start + rows),)
+        hidden = self.backbone.embed(spans)
+        seconds = self._timed(lambda: run(self.path, hidden, spans))
+        self.backbone.trim(text.slot, start)
+        return seconds
+
+    def _path(self, depth: int) -> float:
+        spans = (Span(self.texts[0], 0, 1),)
+        hidden, path = self.backbone.embed(spans), self.path[:depth]
+        seconds = self._timed(
+            lambda: self.backbone.readout(self.backbone.run(path, hidden, spans), depth)
+        )
+        self.backbone.trim(self.texts[0].slot, 0)
+        return seconds
+
+    def _step(self) -> float:
+        text = Text(self.texts[0].ids[:1], self.texts[0].slot)
+        inside = _Inside(self.backbone, self.clock)
+        seconds = self._timed(
+            lambda: step(cast("Backbone", inside), [text]).logits.argmax(-1).tolist()
+        )
+        self.backbone.trim(text.slot, 0)
+        return seconds - inside.seconds
+
+    def _timed(self, call: Callable[[], object]) -> float:
+        begin = self.clock()
+        call()
+        return self.clock() - begin
+
+
+class _Inside:
+    """A backbone that adds up the seconds spent in its layers and its head."""
+
+    def __init__(self, backbone: Backbone, clock: Clock) -> None:
+        self._backbone, self._clock = backbone, clock
+        self.seconds = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backbone, name)
+
+    def run(self, *args: Any) -> Any:
+        """Run layers, timed."""
+        return self._add(self._backbone.run, args)
+
+    def readout(self, *args: Any) -> Any:
+        """Read out, timed."""
+        return self._add(self._backbone.readout, args)
+
+    def _add(self, call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        begin = self._clock()
+        result = call(*args)
+        self.seconds += self._clock() - begin
+        return result
+
+
+def _sampled(stand: _Stand, clock: Clock, told: Told) -> dict[_Point, list[float]]:
+    """Return the times of each point, warm-up apart where there are others.
+
+    No point may take more than its share of the budget, so a long one, which averages over more of
+    what else the machine does, is looked at less often.
+    """
+    begin = clock()
+    samples: dict[_Point, list[float]] = {}
+    for point in stand.points():
+        if len(samples) >= _FEWEST and clock() - begin > _BUDGET / 4:
+            break
+        samples[point] = [stand.time(*point)]
+    share = _BUDGET / len(samples)
+    for turn in range(1, _TURNS + 1):
+        for point, times in samples.items():
+            if clock() - begin < _BUDGET and sum(times[1:]) < share:
+                times.append(stand.time(*point))
+        told(max(turn / _TURNS, min((clock() - begin) / _BUDGET, 1.0)))
+    return {point: times[1:] or times for point, times in samples.items()}
+
+
+def _fitted(stand: _Stand, seconds: dict[_Point, float]) -> Constants:
+    depth = len(stand.path)
+
+    def table(part: str, calls: int) -> tuple[tuple[int, float], ...]:
+        found = sorted((n, value / calls) for (name, n), value in seconds.items() if name == part)
+        return tuple(found)
+
+    layer = table("layers", depth)
+    pair, key = _attention(
+        [
+            (n, max(value / depth - at(layer, n), 0.0) / stand.long)
+            for (part, n), value in seconds.items()
+            if part == "long"
+        ]
+    )
+    return Constants(
+        layer=layer,
+        pair=pair,
+        key=key,
+        head=table("head", 1),
+        fill=table("fill", depth),
+        path=table("path", 1),
+        step=max(seconds["step", 1], 0.0),
+    )
+
+
+def _attention(points: list[tuple[int, float]]) -> tuple[float, float]:
+    """Return (per row and key, per key) of ``(rows, seconds per key)`` of one row and of several.
+
+    Neither is negative; both together are what one row takes.
+    """
+    if not points:
+        return 0.0, 0.0
+    (_, alone), (rows, together) = points[0], points[-1]
+    pair = (together - alone) / (rows - 1) if rows > 1 else alone
+    pair = min(max(pair, 0.0), alone)
+    return pair, alone - pair

@@ -1,0 +1,339 @@
+"""Law 8. A check decides, the full head chooses: cheap checks look at less, and change no token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import offramp
+from offramp.backbone import Backbone
+from offramp.batch import Text
+from offramp.checks import FULL_HEAD, Check, LowRank, Shortlist
+from offramp.cost import flops, weight_bytes
+from offramp.decode import decode
+from offramp.errors import UnsupportedModelError, UsageError
+from offramp.fast.open import open_fast
+from offramp.heads import low_rank
+from offramp.hf.open import open_model
+from offramp.plan import Path, execute
+from offramp.policy import Threshold
+from offramp.probe import Probe
+from offramp.request import Request
+from offramp.signals import find, score
+from offramp.step import step
+from offramp.trace import record, replay
+from tests.families import build
+from tests.tools import (
+    BOTH,
+    FAST,
+    GRAPH,
+    TEN,
+    AnyBackbone,
+    Recorder,
+    assert_close,
+    collected,
+    counted,
+    generic,
+    opened,
+    texts_of,
+)
+
+EXITS = (1, 2, 4, 5)
+SIGNALS = ("max_prob", "margin", "entropy", "patience")
+
+
+def states(backbone: Backbone, rows: int = 7) -> Tensor:
+    """Return random states, of another size in every row."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(rows, backbone.shape.hidden_size, generator=generator)
+    return drawn * torch.arange(1, rows + 1)[:, None]
+
+
+def whole(backbone: Backbone) -> list[Check]:
+    """Return cheap checks that leave nothing out."""
+    shape = backbone.shape
+    return [Shortlist(size=shape.vocab_size), LowRank(rank=shape.hidden_size)]
+
+
+def cheap(backbone: Backbone) -> list[Check]:
+    """Return checks that do, of sizes that fill no block of a kernel; made, so hooks see them."""
+    checks: list[Check] = [Shortlist(size=37), LowRank(rank=5)]
+    for check in checks:
+        check.look(backbone)
+    return checks
+
+
+def cuts(backbone: Backbone, check: Check, name: str, seed: int = 0) -> Threshold:
+    """Return thresholds between the scores of real states, so that rounding flips no decision."""
+    texts = [(ids, 1) for ids in texts_of(backbone, [30, 20], seed)]
+    scores = record(backbone, texts, EXITS, check=check).scores[name]
+    pairs = []
+    for depth, column in zip(EXITS, scores.T, strict=True):
+        values = column.unique()
+        middle = len(values) // 2
+        cut = (values[middle] + values[max(middle - 1, 0)]).item() / 2
+        pairs.append((depth, min(max(cut, find(name).low), find(name).high)))
+    return Threshold(name, tuple(pairs))
+
+
+def written(
+    backbone: AnyBackbone, policy: Threshold, check: Check
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return tokens and depths of three texts, counted: law 6."""
+    requests = [Recorder().request(ids, 12) for ids in texts_of(backbone, [5, 8, 3], seed=1)]
+    look = check.look(backbone)
+    with counted(backbone):
+        return collected(decode(backbone, requests, policy, look=look, max_waiting=4), 3)
+
+
+@pytest.mark.parametrize("family", TEN + FAST + GRAPH)
+def test_a_shortlist_has_the_full_heads_logits(family: str) -> None:
+    """At its entries, in their order, soft caps, scales and biases included."""
+    backbone = opened(family)
+    hidden = states(backbone)
+    tokens = torch.tensor([backbone.shape.vocab_size - 1, *range(17), 40])
+    full = backbone.readout(hidden, 2)
+    assert_close(full[:, tokens], backbone.shortlist(tokens)(hidden, 2))
+    assert torch.equal(full, backbone.readout(hidden, 2))  # the model's own head is back
+
+
+@pytest.mark.parametrize("family", TEN + FAST + GRAPH)
+def test_a_head_of_full_rank_is_the_full_head(family: str) -> None:
+    """And every rank less is farther away, for states as the last norm makes them."""
+    backbone = opened(family)
+    hidden = torch.cat([states(backbone, 64), -states(backbone, 64)])
+    full = backbone.readout(hidden, 2)
+    width = backbone.shape.hidden_size
+    off = [(backbone.low_rank(r)(hidden, 2) - full).square().sum() for r in (5, 20, width)]
+    assert off[0] > off[1] > off[2]
+    assert_close(full, backbone.low_rank(width)(hidden, 2))
+
+
+@pytest.mark.parametrize("family", FAST + GRAPH)
+def test_both_backbones_approximate_alike(family: str) -> None:
+    """The generic one finds the gains of a norm it does not know."""
+    fast, slow = opened(family), generic(family.split(":")[1])
+    hidden = states(fast)
+    assert_close(slow.low_rank(5)(hidden, 2), fast.low_rank(5)(hidden, 2))
+
+
+def test_a_low_rank_is_the_nearest_one() -> None:
+    """As far from the head, for widths of these gains, as the singular values left out."""
+    generator = torch.Generator().manual_seed(0)
+    weight, gains = torch.randn(50, 12, generator=generator), torch.randn(12, generator=generator)
+    values = torch.linalg.svdvals(weight * gains)
+    for rank in (1, 5, 11):
+        up, down = low_rank(weight, gains, rank)
+        assert (up.shape, down.shape) == ((50, rank), (rank, 12))
+        off = ((up @ down - weight) * gains).norm().item()
+        assert off == pytest.approx(values[rank:].norm().item(), rel=1e-3)
+
+
+def test_a_heads_bias_is_in_every_check() -> None:
+    """On both backbones; no family of the ten has one."""
+    model = build("llama")
+    size, width = model.get_output_embeddings().weight.shape
+    model.lm_head = torch.nn.Linear(width, size)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.get_input_embeddings().weight)
+        model.lm_head.bias.copy_(torch.linspace(-3, 3, size))
+    slow = open_model(model)
+    for backbone in (slow, open_fast(slow)):
+        hidden, tokens = states(backbone), torch.arange(3, size, 5)
+        full = backbone.readout(hidden, 2)
+        assert_close(full[:, tokens], backbone.shortlist(tokens)(hidden, 2))
+        assert_close(full, backbone.low_rank(width)(hidden, 2))
+
+
+def test_some_rows_of_a_probe_see_what_they_saw() -> None:
+    """Whether it was looked at before they were taken, or is after."""
+    backbone = opened("llama")
+    look = backbone.shortlist(torch.arange(9))
+    probe = Probe(2, 6, states(backbone), backbone.readout, look=look)
+    before = probe.take([4, 1]).seen
+    assert_close(probe.seen[[4, 1]], before)
+    assert_close(before, probe.take([4, 1]).seen)
+
+
+def test_figures_price_a_check_by_its_own_weights(tiny: offramp.Model) -> None:
+    """Rows at the weights of the shortlist, not of the head, and not for nothing."""
+    run = offramp.Exit(signal="margin", thresholds={2: 0.1}, check=Shortlist(size=50))
+    figures = tiny.generate("hi", plan=offramp.Plan(run=run), max_new_tokens=9).figures
+    shape, told = tiny.backbone.shape, figures.as_dict()
+    assert figures.work.check_rows > 0
+    weights = 50 * shape.hidden_size
+    for name, price in (("flops_ratio", flops), ("bytes_ratio", weight_bytes)):
+        whole = price(figures.baseline, shape)
+        assert told[name] == pytest.approx(price(figures.work, shape, weights) / whole)
+
+
+@pytest.mark.parametrize("family", TEN + FAST + GRAPH)
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_cheap_check_that_leaves_nothing_out_decides_as_the_full_head(
+    family: str, name: str
+) -> None:
+    """The whole vocabulary, or full rank: the same scores, depths and tokens."""
+    backbone = opened(family)
+    policy = cuts(backbone, FULL_HEAD, name)
+    expected = written(backbone, policy, FULL_HEAD)
+    assert len({depth for text in expected[1] for depth in text}) >= 2
+    hidden = states(backbone)
+    for check in whole(backbone):
+        probes = [
+            Probe(2, 6, hidden, backbone.readout, look=look)
+            for look in (None, check.look(backbone))
+        ]
+        torch.testing.assert_close(*(score(p, name) for p in probes), rtol=0, atol=1e-4)
+        assert expected == written(backbone, policy, check)
+
+
+@pytest.mark.parametrize("family", TEN + FAST + GRAPH)
+def test_the_token_that_leaves_is_the_full_heads(family: str) -> None:
+    """Whatever the check saw; the head runs once per token, and not for rows that stay."""
+    backbone = opened(family)
+    for check in cheap(backbone):
+        policy = cuts(backbone, check, "max_prob")
+        before = backbone.meter.copy()
+        ids, depths = written(backbone, policy, check)
+        work = backbone.meter - before
+        assert len({depth for text in depths for depth in text}) >= 2
+        assert work.head_rows == sum(map(len, ids))
+        # Every text's first token stays, unasked; so does each fourth that waits.
+        assert 0 < work.check_rows <= len(EXITS) * work.head_rows
+        for prompt, text, deep in zip(
+            texts_of(backbone, [5, 8, 3], seed=1), ids, depths, strict=True
+        ):
+            trace = record(backbone, [(prompt + text, len(prompt))], EXITS)
+            columns = torch.tensor([(*EXITS, 6).index(depth) for depth in deep])
+            assert text == trace.chosen.gather(1, columns[:, None])[:, 0].tolist()
+
+
+@pytest.mark.parametrize("family", BOTH)
+def test_what_is_asked_is_what_is_counted(family: str) -> None:
+    """One text, no exit taken: a check per token and exit, priced apart from the head."""
+    backbone = opened(family)
+    [prompt] = texts_of(backbone, [5])
+    never = Threshold("max_prob", tuple((depth, 1.0) for depth in EXITS))
+    for check in cheap(backbone):
+        before, look = backbone.meter.copy(), check.look(backbone)
+        with counted(backbone):
+            list(decode(backbone, [Recorder().request(prompt, 6)], never, look=look))
+        work = backbone.meter - before
+        assert (work.check_passes, work.check_rows) == (5 * len(EXITS), 5 * len(EXITS))
+        assert (work.head_passes, work.head_rows) == (6, 6)
+
+
+@pytest.mark.parametrize("kv", ["exact", "copy"])
+@pytest.mark.parametrize("family", BOTH)
+@pytest.mark.parametrize("name", SIGNALS)
+def test_replay_through_a_check_is_the_loop_through_it(family: str, name: str, kv: str) -> None:
+    """The trace's table and its kept states give the loop's depths; a copy runs, approximately."""
+    backbone = opened(family)
+    prompts = texts_of(backbone, [5, 8, 3], seed=1)
+    for check in cheap(backbone):
+        policy = cuts(backbone, check, name, seed=1)
+        requests = [Recorder().request(prompt, 12) for prompt in prompts]
+        look = check.look(backbone)
+        with counted(backbone):
+            tokens = decode(backbone, requests, policy, look=look, kv=kv, max_waiting=4)  # type: ignore[arg-type]
+            ids, depths = collected(tokens, 3)
+        assert len({depth for text in depths for depth in text}) >= 2
+        if kv == "copy":
+            continue
+        pairs = [(p + text, len(p)) for p, text in zip(prompts, ids, strict=True)]
+        kept = record(backbone, pairs, EXITS, keep_hidden=True)
+        replays = [
+            replay(record(backbone, pairs, EXITS, check=check), policy, max_waiting=4, check=check),
+            replay(kept, policy, max_waiting=4, check=check, backbone=backbone),
+        ]
+        for replayed in replays:
+            assert [depth for text in depths for depth in text] == replayed.depths.tolist()
+            assert [token for text in ids for token in text] == replayed.chosen.tolist()
+
+
+def test_a_table_of_another_check_is_refused() -> None:
+    """Its scores were seen through something else; kept states need the model."""
+    backbone = opened("llama")
+    pairs = [(texts_of(backbone, [12])[0], 1)]
+    shortlist, low_rank = Shortlist(size=37), LowRank(rank=5)
+    trace = record(backbone, pairs, EXITS, check=shortlist, keep_hidden=True)
+    policy = Threshold("max_prob", ((2, 0.5),))
+    for other in (FULL_HEAD, low_rank, Shortlist(size=36)):
+        with pytest.raises(UsageError, match=f"seen by the check shortlist:37, not {other};"):
+            replay(trace, policy, check=other)
+        replay(trace, policy, check=other, backbone=backbone)
+
+
+def test_a_head_that_logits_do_not_come_out_of_is_refused() -> None:
+    """A forward that uses the weights elsewhere would be checked by the wrong numbers."""
+    model = build("llama")
+    backbone = open_model(model)
+    own = model.forward
+
+    def tied(*args: object, **kwargs: object) -> object:
+        output = own(*args, **kwargs)
+        output.logits = output.logits + 1e-2 * output.logits.sum(-1, keepdim=True)
+        return output
+
+    model.forward = tied
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM cannot be checked by"):
+        backbone.shortlist(torch.arange(9))
+    model.forward = own
+    head, model.lm_head = model.lm_head, torch.nn.Identity()
+    with pytest.raises(UnsupportedModelError, match="no plain matrix"):
+        backbone.low_rank(3)
+    model.lm_head = head
+    assert backbone.low_rank(3)(states(backbone), 2).isfinite().all()
+
+
+def test_a_failing_readout_leaves_the_models_own_head() -> None:
+    """An exception while a small head stands in restores the large one."""
+    backbone = opened("llama")
+    look = backbone.shortlist(torch.arange(9))
+    head = backbone.model.get_output_embeddings()
+    with pytest.raises(RuntimeError):
+        look(torch.zeros(2, backbone.shape.hidden_size + 1), 2)
+    assert backbone.model.get_output_embeddings() is head
+
+
+@pytest.mark.parametrize("family", BOTH)
+@pytest.mark.parametrize("end", [9, 150])
+def test_a_short_head_chooses_the_best_of_its_entries(family: str, end: int) -> None:
+    """A sub-model's tokens are the best of the shortlist and the end tokens, wherever those are."""
+    backbone = opened(family)
+    head, layers = Shortlist(size=37), (0, 2, 3)
+    allowed = torch.tensor(sorted({*range(37), end}))
+    [ids] = texts_of(backbone, [8], seed=2)
+    text, expected = Text(list(ids), backbone.open()), []
+    for _ in range(10):
+        logits = step(backbone, [text], layers=layers).logits[0, allowed]
+        expected.append(int(allowed[logits.argmax()]))
+        text.ids.append(expected[-1])
+    stop = expected.index(end) + 1 if end in expected else 10
+    assert len(set(expected)) >= 3
+    request = Request(list(ids), 10, eos=frozenset({end}))
+    run = Path(layers=layers, head=head)
+    head.choose(backbone, {end})  # made, so hooks see it
+    with counted(backbone):
+        written = [token.id for token in execute(backbone, [request], run)]
+    assert written == expected[:stop]
+
+
+@pytest.mark.parametrize("family", BOTH)
+def test_a_head_of_every_entry_is_the_full_head(family: str) -> None:
+    """The same tokens as without it."""
+    backbone = opened(family)
+    requests = [Request(ids, 12) for ids in texts_of(backbone, [5, 8, 3], seed=1)]
+    whole_head = Shortlist(size=backbone.shape.vocab_size)
+    runs = [Path(layers=(0, 1, 4)), Path(layers=(0, 1, 4), head=whole_head)]
+    plain, headed = (collected(execute(backbone, requests, run), 3)[0] for run in runs)
+    assert plain == headed
+
+
+def test_a_head_longer_than_the_vocabulary_is_refused() -> None:
+    """Before anything runs."""
+    backbone = generic("llama")
+    long = Shortlist(size=backbone.shape.vocab_size + 1)
+    with pytest.raises(UsageError, match="longer than the vocabulary"):
+        Path(layers=(0, 1), head=long).must_fit(backbone)
