@@ -285,6 +285,7 @@ def test_wrong_usage_is_found_before_a_model_loads(shell: Shell, tmp_path: Path)
         "--batch-size": [*base, "--batch-size", 0],
         "--draft-tokens": [*base, "--draft-tokens", 0],
         "--weights": [*base, "--weights", "fp7"],
+        "no device 'gpu'": [*base, "--device", "gpu"],
         "No such option": [*base, "--frobnicate"],
         "write depths": ["trace", "--prompt", "hi", "--exits", "a,b"],
         "greater than or equal": [*base, "--max-new-tokens", -3],

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from offramp.backbone import Backbone
 from offramp.fast.backbone import FastBackbone
-from offramp.fast.open import open_fast
+from offramp.fast.graphs import GraphBackbone, bucket
+from offramp.fast.open import open_fast, open_graphs
 from offramp.fast.slots import Slot
+from offramp.fast.static import StaticSlot
 from offramp.hf.backbone import HFBackbone
 from offramp.hf.open import open_model
 from offramp.meter import Meter
@@ -44,9 +46,12 @@ FAST = tuple(
 )
 """The same laws on the fast backbone."""
 
+GRAPH = tuple(f"graph:{name}" for name in ("llama", "gemma2", "qwen3", "phi3", "olmo2", "granite"))
+"""And on the one of fixed shapes, for other devices; on a CPU here."""
+
 BOTH = ("llama", "fast:llama")
 
-AnyBackbone = HFBackbone | FastBackbone
+AnyBackbone = HFBackbone | FastBackbone | GraphBackbone
 
 # The last path component of the modules that make keys, mix the heads, and end the MLP.
 _KINDS = {
@@ -64,20 +69,22 @@ def generic(name: str) -> HFBackbone:
 
 @cache
 def opened(name: str) -> AnyBackbone:
-    """Return the generic backbone of a family, or of ``fast:family`` the fast one."""
+    """Return a family's generic backbone, or that of ``fast:family`` or ``graph:family``."""
     kind, _, family = name.rpartition(":")
+    if kind == "graph":
+        return open_graphs(generic(family))
     return open_fast(generic(family)) if kind == "fast" else generic(family)
 
 
 def lengths(slot: Any) -> list[int]:
     """Return how many positions each layer of a slot holds."""
-    return slot.lengths if isinstance(slot, Slot) else [store.length for store in slot]
+    return slot.lengths if isinstance(slot, Slot | StaticSlot) else [store.length for store in slot]
 
 
 def stored(slot: Any, layer: int) -> tuple[Tensor, Tensor]:
     """Return one layer's keys and values, ``[H, length, d]`` each."""
     found: tuple[Tensor, Tensor]
-    found = slot.view(layer) if isinstance(slot, Slot) else slot[layer].view()
+    found = slot.view(layer) if isinstance(slot, Slot | StaticSlot) else slot[layer].view()
     return found
 
 
@@ -171,6 +178,9 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
     if isinstance(backbone, FastBackbone):
         with _watched(backbone, rows):
             yield rows
+    elif isinstance(backbone, GraphBackbone):
+        with _padded(backbone, rows):
+            yield rows
     else:
         hooks = list(_hooks(backbone, rows))
         try:
@@ -235,6 +245,57 @@ def _subtract(later: list[dict[str, int]], earlier: list[dict[str, int]], rows: 
         for kind, count in now.items():
             if count > then[kind]:
                 rows.add(kind, index, count - then[kind])
+
+
+@contextmanager
+def _padded(backbone: GraphBackbone, rows: Rows) -> Iterator[None]:
+    """Count the rows of every call, which each matrix must see once, padded to their bucket."""
+    seen: dict[str, Counter[int]] = defaultdict(Counter)
+    multiply, stretch = backbone.layers.multiply, backbone.layers.multiply_stretch
+    kinds = {"qkv": "key", "output": "output", "down": "mlp"}
+
+    def one(layer: int, kind: str, states: Tensor) -> Tensor:
+        seen[kinds.get(kind, kind)][layer] += len(states)
+        return multiply(layer, kind, states)
+
+    def several(layers: range, states: Tensor, plain: Tensor | None) -> Tensor:
+        for layer in layers:
+            seen["key"][layer] += len(states)
+        return stretch(layers, states, plain)
+
+    def call(inner: Any) -> Any:
+        def watched(layers: Sequence[int], hidden: Tensor, spans: Any) -> Any:
+            seen.clear()
+            result = inner(layers, hidden, spans)
+            assert {"key"} <= set(seen)
+            for kind, by_layer in seen.items():
+                assert by_layer == dict.fromkeys(layers, bucket(len(hidden)))
+                if kind != "gate_up":
+                    for layer in by_layer:
+                        rows.add(kind, layer, len(hidden))
+            return result
+
+        return watched
+
+    def head(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows.add("head", 0, len(args[0]))
+
+    def check(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows.add("check", 0, len(args[0]))
+
+    hooks = [backbone.model.get_output_embeddings().register_forward_pre_hook(head)]
+    hooks += [cheap.register_forward_pre_hook(check) for cheap in backbone.cheap.values()]
+    changed = {"multiply": one, "multiply_stretch": several}
+    backbone.layers.__dict__.update(changed)
+    backbone.__dict__.update({name: call(getattr(backbone, name)) for name in ("run", "fill")})
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name in changed:
+            del backbone.layers.__dict__[name]
+        del backbone.__dict__["run"], backbone.__dict__["fill"]
 
 
 def _hooks(backbone: HFBackbone, rows: Rows) -> Iterator[Any]:

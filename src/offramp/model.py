@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from offramp.backbone import Backbone
 from offramp.cost import Figures, full_depth
-from offramp.errors import UnsupportedModelError, UsageError
+from offramp.errors import OfframpError, UnsupportedModelError, UsageError
 from offramp.fast.build import UnavailableError
-from offramp.fast.open import open_fast
+from offramp.fast.open import open_fast, open_graphs
 from offramp.fast.pack import Format
 from offramp.hf.load import GENERIC_FORMATS, load_checkpoint
 from offramp.hf.open import open_model
@@ -207,31 +209,41 @@ def load(
     *,
     backbone: BackboneName = "auto",
     weights: Format = "fp32",
+    device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> Model:
     """Load a causal LM and check that it can be run layer by layer.
 
     Args:
         name: hub id, local folder or GGUF file; SmolLM2-135M-Instruct by default.
-        backbone: "fast" runs Llama-like models on a CPU by kernels of this library, "hf" any model
-            by its own modules; "auto" is fast where it can be, else hf, and logs why.
+        backbone: "fast" runs Llama-like models, on a CPU by kernels of this library and elsewhere
+            by CUDA graphs; "hf" runs any model by its own modules; "auto" is fast where it can be,
+            else hf, and logs why.
         weights: how the weights are held, "fp32", "bf16", "int8" or "int4"; the last two are for
-            the fast backbone.
+            the fast backbone on a CPU.
+        device: where the model runs, as PyTorch names it ("cuda", "cuda:1"). Only "cpu" has been
+            tested.
         trust_remote_code: run modelling code that comes with the checkpoint.
 
     Raises:
         OfframpError: it cannot be loaded.
         UnsupportedModelError: it cannot be run layer by layer with the same result, or not by the
             backbone asked for.
-        UsageError: weights that the generic backbone cannot hold.
+        UsageError: weights that the backbone cannot hold, or no such device.
     """
-    if backbone == "hf" and weights not in GENERIC_FORMATS:
-        raise UsageError(f"{weights} weights need the fast backbone")
+    where = _checked_device(device)
+    packed = backbone != "hf" and where.type == "cpu"  # by the kernels, out of full precision
+    if not packed and weights not in GENERIC_FORMATS:
+        raise UsageError(f"{weights} weights need the fast backbone on a CPU")
     model, tokenizer, shown = load_checkpoint(
         name,
-        weights="bf16" if (backbone, weights) == ("hf", "bf16") else "fp32",
+        weights="bf16" if weights == "bf16" and not packed else "fp32",
         trust_remote_code=trust_remote_code,
     )
+    try:
+        model.to(where)
+    except torch.OutOfMemoryError as error:
+        raise OfframpError(f"{shown} does not fit into the memory of {device}") from error
     eos = model.generation_config.eos_token_id
     if eos is None:
         eos = tokenizer.eos_token_id
@@ -245,13 +257,31 @@ def _opened(model: Any, backbone: BackboneName, weights: Format) -> Backbone:
     if backbone == "hf":
         return generic
     try:
+        if generic.model.device.type != "cpu":
+            return open_graphs(generic)
         return open_fast(generic, weights)
     except (UnavailableError, UnsupportedModelError) as error:
         if backbone == "fast":
             raise
         held = "bf16" if weights == "bf16" else "fp32"
         _log.warning("offramp: %s; running its own modules with %s weights", error, held)
-    return open_model(model.bfloat16()) if held == "bf16" else generic
+    if held == "bf16" and model.dtype != torch.bfloat16:
+        return open_model(model.bfloat16())
+    return generic
+
+
+def _checked_device(name: str) -> torch.device:
+    """Return the device of this name, if something can be computed there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"there is no device {name!r}; try cpu or cuda") from error
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as its maker pleases
+        reason = str(error).splitlines()[0][:200]
+        raise OfframpError(f"nothing can be run on {name} here: {reason}") from error
+    return device
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

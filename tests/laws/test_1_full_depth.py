@@ -11,6 +11,7 @@ from offramp.request import Request
 from offramp.step import step
 from tests.tools import (
     FAST,
+    GRAPH,
     TEN,
     assert_close,
     collected,
@@ -21,7 +22,7 @@ from tests.tools import (
     texts_of,
 )
 
-pytestmark = pytest.mark.parametrize("family", TEN + FAST)
+pytestmark = pytest.mark.parametrize("family", TEN + FAST + GRAPH)
 
 
 def test_prefill_and_decode_give_the_models_logits(family: str) -> None:

@@ -19,6 +19,7 @@ from offramp.step import KV, step
 from tests.tools import (
     BOTH,
     FAST,
+    GRAPH,
     TEN,
     Recorder,
     assert_close,
@@ -34,7 +35,7 @@ from tests.tools import (
 EXITS = (1, 2, 4, 5)
 
 
-@pytest.mark.parametrize("family", TEN + FAST)
+@pytest.mark.parametrize("family", TEN + FAST + GRAPH)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_draining_gives_the_full_models_logits(family: str, seed: int) -> None:
     """Every token leaves at a random depth, some run to the end; then one step drains all."""
@@ -56,7 +57,7 @@ def test_draining_gives_the_full_models_logits(family: str, seed: int) -> None:
     assert_close(own_logits(backbone, ids)[-waiting - 1 :], drained)
 
 
-@pytest.mark.parametrize("family", TEN + FAST)
+@pytest.mark.parametrize("family", TEN + FAST + GRAPH)
 def test_a_prompt_that_left_early_is_drained_whole(family: str) -> None:
     """The rest of the prefill is what the first full-depth token does."""
     backbone = opened(family)
@@ -70,7 +71,7 @@ def test_a_prompt_that_left_early_is_drained_whole(family: str) -> None:
     assert_close(own_logits(backbone, ids[:10]), drained)
 
 
-@pytest.mark.parametrize("family", TEN + FAST)
+@pytest.mark.parametrize("family", TEN + FAST + GRAPH)
 def test_a_mixed_depth_batch_is_each_text_alone(family: str) -> None:
     """Eight ragged texts that leave where they like: same tokens, same depths, same logits."""
     backbone = opened(family)
@@ -90,7 +91,7 @@ def test_a_mixed_depth_batch_is_each_text_alone(family: str) -> None:
         assert_close(expected, actual)
 
 
-@pytest.mark.parametrize("family", BOTH)
+@pytest.mark.parametrize("family", [*BOTH, "graph:llama"])
 def test_no_row_runs_in_a_layer_beyond_its_depth(family: str) -> None:
     """Four texts leave at 1, 2, 4 and never: the hooks see just the rows that went on."""
     backbone = opened(family)
@@ -113,7 +114,7 @@ def test_a_full_queue_forces_one_full_depth_step() -> None:
     assert [token.depth for token in tokens] == [6, 2, 2, 2, 6, 2, 2, 2, 6]
 
 
-@pytest.mark.parametrize("family", TEN + FAST)
+@pytest.mark.parametrize("family", TEN + FAST + GRAPH)
 def test_copied_states_fill_every_deeper_layer_and_run_nothing_else(family: str) -> None:
     """The hooks see the fill in the key projections alone, and later tokens attend to it."""
     backbone = opened(family)
@@ -132,7 +133,7 @@ def test_copied_states_fill_every_deeper_layer_and_run_nothing_else(family: str)
     assert (logits - own_logits(backbone, ids)[-1:]).abs().max() > 1e-3  # it is an approximation
 
 
-@pytest.mark.parametrize("family", [*BOTH, "fast:gemma2", "fast:olmo2"])
+@pytest.mark.parametrize("family", [*BOTH, "fast:gemma2", "fast:olmo2", *GRAPH])
 def test_a_copy_is_what_the_layer_makes_of_the_exit_state(family: str) -> None:
     """Filled keys and values equal those of running the layer on that state."""
     backbone = opened(family)
@@ -159,7 +160,7 @@ def _last(text: Text) -> Span:
 
 @pytest.mark.parametrize("kv", ["exact", "copy"])
 @pytest.mark.parametrize("calls", [1, 2, 3])
-@pytest.mark.parametrize("family", BOTH)
+@pytest.mark.parametrize("family", [*BOTH, "graph:llama"])
 def test_a_step_that_fails_leaves_every_text_as_it_was(
     family: str, calls: int, kv: KV, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,17 @@ from offramp.decode import decode
 from offramp.request import Request
 from offramp.sample import Sampling
 from offramp.speculate import Draft, speculate
-from tests.tools import FAST, TEN, collected, counted, opened, own_answer, own_logits, texts_of
+from tests.tools import (
+    FAST,
+    GRAPH,
+    TEN,
+    collected,
+    counted,
+    opened,
+    own_answer,
+    own_logits,
+    texts_of,
+)
 
 DRAFTS = [
     Draft((0, 1), 3),
@@ -23,7 +33,7 @@ DRAFTS = [
 ]
 
 
-@pytest.mark.parametrize("family", TEN + FAST)
+@pytest.mark.parametrize("family", TEN + FAST + GRAPH)
 def test_greedy_speculation_writes_what_generate_writes(family: str) -> None:
     """Exits and layer subsets, alone and in batches whose texts draft at their own pace."""
     backbone = opened(family)
@@ -40,7 +50,9 @@ def test_greedy_speculation_writes_what_generate_writes(family: str) -> None:
             assert {6} == {depth for text in depths for depth in text}
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom", "fast:llama", "fast:gemma2"])
+@pytest.mark.parametrize(
+    "family", [*("llama", "gemma2", "bloom", "fast:llama", "fast:gemma2"), *GRAPH[:2]]
+)
 def test_sampled_speculation_repeats_plain_sampling(family: str) -> None:
     """The same seed gives the same tokens, whatever drafts, and whoever shares the batch."""
     backbone = opened(family)

@@ -13,7 +13,17 @@ from offramp.policy import Threshold
 from offramp.probe import Probe
 from offramp.signals import find, registry
 from offramp.trace import Trace, load_trace, record, replay
-from tests.tools import FAST, TEN, Recorder, assert_close, collected, counted, opened, texts_of
+from tests.tools import (
+    FAST,
+    GRAPH,
+    TEN,
+    Recorder,
+    assert_close,
+    collected,
+    counted,
+    opened,
+    texts_of,
+)
 
 EXITS = (1, 2, 4, 5)
 
@@ -29,7 +39,7 @@ def _policy(trace: Trace, name: str) -> Threshold:
     return Threshold(name, tuple(pairs))
 
 
-@pytest.mark.parametrize("family", TEN + FAST)
+@pytest.mark.parametrize("family", TEN + FAST + GRAPH[:2])
 @pytest.mark.parametrize("name", sorted(registry()))
 def test_replay_gives_the_depths_and_logits_of_the_loop(family: str, name: str) -> None:
     """Generate with a policy, trace the text it wrote, replay: same decisions, same logits."""

@@ -21,7 +21,7 @@ from offramp.request import Request
 from offramp.speculate import Draft, speculate
 from offramp.step import step
 from tests.families import build
-from tests.tools import FAST, assert_close, collected, generic, opened, stored, texts_of
+from tests.tools import FAST, GRAPH, assert_close, collected, generic, opened, stored, texts_of
 
 FAMILIES = [name.removeprefix("fast:") for name in FAST]
 
@@ -60,17 +60,17 @@ def everything(backbone: Backbone) -> Tensor:
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_ragged_batch_of_mixed_depth_has_the_generic_logits(family: str) -> None:
+@pytest.mark.parametrize("name", FAST + GRAPH)
+def test_a_ragged_batch_of_mixed_depth_has_the_generic_logits(name: str) -> None:
     """Prompts of unequal length, early exits, drains: all logits."""
-    assert_close(everything(generic(family)), everything(opened(f"fast:{family}")))
+    assert_close(everything(generic(name.split(":")[1])), everything(opened(name)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_fill_is_the_generic_fill(family: str) -> None:
+@pytest.mark.parametrize("name", FAST + GRAPH)
+def test_a_fill_is_the_generic_fill(name: str) -> None:
     """Copied states leave the same keys and values in every deeper layer."""
     kept = []
-    for backbone in (generic(family), opened(f"fast:{family}")):
+    for backbone in (generic(name.split(":")[1]), opened(name)):
         texts = [Text(ids, backbone.open()) for ids in texts_of(backbone, [11, 5], seed=1)]
         step(backbone, texts)
         for text in texts:
@@ -140,9 +140,10 @@ def _across_shares(backbone: Backbone, threads: int, monkeypatch: pytest.MonkeyP
     return together
 
 
-def test_long_texts_and_long_prompts_are_the_generic_ones() -> None:
+@pytest.mark.parametrize("name", ["fast:llama", "graph:llama"])
+def test_long_texts_and_long_prompts_are_the_generic_ones(name: str) -> None:
     """Buffers double, rotary tables grow, and prompts longer than a chunk of rows are cut."""
-    expected, actual = (_long(backbone) for backbone in (generic("llama"), opened("fast:llama")))
+    expected, actual = (_long(backbone) for backbone in (generic("llama"), opened(name)))
     assert_close(expected, actual)
 
 

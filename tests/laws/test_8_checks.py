@@ -27,6 +27,7 @@ from tests.families import build
 from tests.tools import (
     BOTH,
     FAST,
+    GRAPH,
     TEN,
     AnyBackbone,
     Recorder,
@@ -86,7 +87,7 @@ def written(
         return collected(decode(backbone, requests, policy, look=look, max_waiting=4), 3)
 
 
-@pytest.mark.parametrize("family", TEN + FAST)
+@pytest.mark.parametrize("family", TEN + FAST + GRAPH)
 def test_a_shortlist_has_the_full_heads_logits(family: str) -> None:
     """At its entries, in their order, soft caps, scales and biases included."""
     backbone = opened(family)
@@ -97,7 +98,7 @@ def test_a_shortlist_has_the_full_heads_logits(family: str) -> None:
     assert torch.equal(full, backbone.readout(hidden, 2))  # the model's own head is back
 
 
-@pytest.mark.parametrize("family", TEN + FAST)
+@pytest.mark.parametrize("family", TEN + FAST + GRAPH)
 def test_a_head_of_full_rank_is_the_full_head(family: str) -> None:
     """And every rank less is farther away, for states as the last norm makes them."""
     backbone = opened(family)
@@ -109,10 +110,10 @@ def test_a_head_of_full_rank_is_the_full_head(family: str) -> None:
     assert_close(full, backbone.low_rank(width)(hidden, 2))
 
 
-@pytest.mark.parametrize("family", FAST)
+@pytest.mark.parametrize("family", FAST + GRAPH)
 def test_both_backbones_approximate_alike(family: str) -> None:
     """The generic one finds the gains of a norm it does not know."""
-    fast, slow = opened(family), generic(family.removeprefix("fast:"))
+    fast, slow = opened(family), generic(family.split(":")[1])
     hidden = states(fast)
     assert_close(slow.low_rank(5)(hidden, 2), fast.low_rank(5)(hidden, 2))
 
@@ -167,7 +168,7 @@ def test_figures_price_a_check_by_its_own_weights(tiny: offramp.Model) -> None:
         assert told[name] == pytest.approx(price(figures.work, shape, weights) / whole)
 
 
-@pytest.mark.parametrize("family", TEN + FAST)
+@pytest.mark.parametrize("family", TEN + FAST + GRAPH)
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_cheap_check_that_leaves_nothing_out_decides_as_the_full_head(
     family: str, name: str
@@ -187,7 +188,7 @@ def test_a_cheap_check_that_leaves_nothing_out_decides_as_the_full_head(
         assert expected == written(backbone, policy, check)
 
 
-@pytest.mark.parametrize("family", TEN + FAST)
+@pytest.mark.parametrize("family", TEN + FAST + GRAPH)
 def test_the_token_that_leaves_is_the_full_heads(family: str) -> None:
     """Whatever the check saw; the head runs once per token, and not for rows that stay."""
     backbone = opened(family)

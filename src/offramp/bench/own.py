@@ -15,7 +15,6 @@ from offramp.bench.race import Case, Ceiling, Contestant, Sample, absent
 from offramp.checks import FULL_HEAD, Check
 from offramp.cost import flops, seconds, weight_bytes
 from offramp.errors import OfframpError, UnsupportedModelError, UsageError
-from offramp.fast.backbone import FastBackbone
 from offramp.fast.build import UnavailableError
 from offramp.fast.open import open_fast
 from offramp.fast.pack import Format
@@ -97,7 +96,7 @@ def own_contestants(
         backbone = _backbone(base, source, kind, weights)
     except OfframpError as error:
         return [absent(f"{kind} {weights}", str(error), weights)]
-    shown = "fast" if isinstance(backbone, FastBackbone) else "hf"
+    shown = backbone.name
     known = constants(backbone)
     return [
         Contestant(

@@ -48,6 +48,7 @@ def generate(
     batch_size: o.BatchSize = 8,
     backbone: o.BackboneOption = o.BackboneName.auto,
     weights: o.WeightFormat = o.Weights.fp32,
+    device: o.DeviceName = "cpu",
     trust_remote_code: o.Remote = False,
     json: o.Json = False,
     out: o.Out = None,
@@ -86,6 +87,7 @@ def generate(
         model,
         backbone=backbone.value,
         weights=weights.value,
+        device=device,
         trust_remote_code=trust_remote_code,
     )
     stream = loaded.stream(

@@ -27,6 +27,7 @@ def inspect(
     batch_size: o.BatchSize = 8,
     backbone: o.BackboneOption = o.BackboneName.auto,
     weights: o.WeightFormat = o.Weights.fp32,
+    device: o.DeviceName = "cpu",
     trust_remote_code: o.Remote = False,
     json: o.Json = False,
     out: o.Out = None,
@@ -49,6 +50,7 @@ def inspect(
         model,
         backbone=backbone.value,
         weights=weights.value,
+        device=device,
         trust_remote_code=trust_remote_code,
     )
     asked = wanted or list(inspection.PROMPTS)

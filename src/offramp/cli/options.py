@@ -66,13 +66,17 @@ MaxNewTokens = Annotated[
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts at once.")]
 WeightFormat = Annotated[
     Weights,
-    typer.Option("--weights", help="How weights are held; int8 and int4 need the fast backbone."),
+    typer.Option("--weights", help="How weights are held; int8 and int4: fast, on a CPU."),
 ]
 BackboneOption = Annotated[
     BackboneName,
     typer.Option(
-        "--backbone", help="Own kernels (fast: Llama-like, CPU), the model's modules (hf), or auto."
+        "--backbone", help="Llama-like models at speed (fast), any by its modules (hf), or auto."
     ),
+]
+DeviceName = Annotated[
+    str,
+    typer.Option("--device", help="Where the model runs: cpu; cuda and others are untested."),
 ]
 Remote = Annotated[
     bool,

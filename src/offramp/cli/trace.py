@@ -39,6 +39,7 @@ def trace(
     batch_size: o.BatchSize = 8,
     backbone: o.BackboneOption = o.BackboneName.auto,
     weights: o.WeightFormat = o.Weights.fp32,
+    device: o.DeviceName = "cpu",
     trust_remote_code: o.Remote = False,
     json: o.Json = False,
     out: Annotated[
@@ -66,6 +67,7 @@ def trace(
         model,
         backbone=backbone.value,
         weights=weights.value,
+        device=device,
         trust_remote_code=trust_remote_code,
     )
     chosen.check(loaded.backbone)

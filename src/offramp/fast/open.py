@@ -1,15 +1,22 @@
-"""From a checked generic backbone to a checked fast one."""
+"""From a checked generic backbone to a checked fast one: on a CPU, or on another device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
+from offramp.backbone import Backbone
 from offramp.batch import Text
 from offramp.errors import UnsupportedModelError
 from offramp.fast.backbone import FastBackbone
 from offramp.fast.build import kernels
+from offramp.fast.fused import fuse
+from offramp.fast.graphs import GraphBackbone
 from offramp.fast.pack import BYTES, KV_BYTES, Format
+from offramp.fast.parts import refusal
 from offramp.fast.rotary import Rotary, prepared, windows
 from offramp.fast.weights import take
 from offramp.hf.backbone import HFBackbone
@@ -48,6 +55,48 @@ def open_fast(generic: HFBackbone, weights: Format = "fp32") -> FastBackbone:
     return backbone
 
 
+def open_graphs(generic: HFBackbone) -> GraphBackbone:
+    """Return a fast backbone on the model's own device, checked against the generic one.
+
+    It holds the model's weights, in their precision; where they are fused the model's own modules
+    become views of them. It is meant for CUDA and has been run on CPUs only.
+
+    Args:
+        generic: the model, opened; in fp32 or bf16.
+
+    Raises:
+        UnsupportedModelError: the model has parts that this backbone does not, or its logits
+            differ.
+    """
+    model = generic.model
+    weights = _HELD.get(model.dtype)
+    if weights is None:
+        raise refusal(
+            model, f"it holds {str(model.dtype).removeprefix('torch.')}, not fp32 or bf16"
+        )
+    rotary, windows_ = Rotary(generic.adapter), windows(generic.adapter)
+    fused = fuse(model, list(generic.adapter.layers))
+    rotary.size(fused.facts.head_size)  # refuses tables that do not fit
+    embedding = model.get_input_embeddings()
+    first = torch.zeros(1, dtype=torch.long, device=model.device)
+    backbone = GraphBackbone(
+        model,
+        fused,
+        rotary,
+        windows_,
+        replace(generic.shape, fill_weights=generic.shape.kv_weights),
+        fingerprint=generic.fingerprint,
+        embedding_scale=_embedding_scale(generic, embedding(first)[0]),
+        weights=weights,
+    )
+    _check(backbone, generic, weights, range(generic.shape.num_layers))
+    backbone.graphs.clear()  # the check's segments are nobody else's
+    return backbone
+
+
+_HELD: dict[torch.dtype, Format] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
 def _made(
     generic: HFBackbone,
     weights: Format,
@@ -72,7 +121,7 @@ def _made(
             head_bytes_per_weight=taken.head_bytes,
         ),
         fingerprint=generic.fingerprint,
-        embedding_scale=_embedding_scale(generic),
+        embedding_scale=_embedding_scale(generic, generic.model.get_input_embeddings().weight[0]),
         weights=weights,
     )
 
@@ -86,17 +135,15 @@ def _one_of_each(generic: HFBackbone, rotary: Rotary, windows: list[int]) -> lis
     return sorted({*first.values(), generic.shape.num_layers - 1})
 
 
-def _embedding_scale(generic: HFBackbone) -> float:
-    """Return what the model multiplies the rows of its embedding by before the first layer."""
+def _embedding_scale(generic: HFBackbone, looked_up: Tensor) -> float:
+    """Return what the model multiplies this embedding of token 0 by before the first layer."""
     asked = prepared(generic.adapter, 0, 1).hidden.float()
-    size = generic.model.get_input_embeddings().weight[0].detach().float().norm().item()
+    size = looked_up.detach().float().norm().item()
     scale = asked.norm().item() / size if size else 1.0
     return 1.0 if abs(scale - 1) < 1e-6 else scale
 
 
-def _check(
-    backbone: FastBackbone, generic: HFBackbone, weights: Format, layers: Sequence[int]
-) -> None:
+def _check(backbone: Backbone, generic: HFBackbone, weights: Format, layers: Sequence[int]) -> None:
     """Compare both on this path of layers."""
     ids = probe_ids(backbone.shape.vocab_size)
     text = Text(list(ids), generic.open())
@@ -106,6 +153,6 @@ def _check(
     backbone.meter, generic.meter = Meter(), Meter()
     if not off <= TOLERANCE[weights]:  # also catches NaN
         raise UnsupportedModelError(
-            f"the fast kernels give other logits for {type(generic.model).__name__} (off by "
+            f"the fast backbone gives other logits for {type(generic.model).__name__} (off by "
             f"{off:.2g} of the largest, where {TOLERANCE[weights]:g} is allowed in {weights})"
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.fast.layout import LayerStruct
-from offramp.fast.weights import part, refusal
+from offramp.fast.parts import part, refusal
 from offramp.hf.adapter import Adapter, Prepared
 from offramp.hf.cache import LayerStore, group_cache
 
@@ -43,13 +43,22 @@ class Rotary:
         return sizes.pop()
 
     def reserve(self, positions: int, layers: ctypes.Array[LayerStruct]) -> None:
-        """Have tables for this many positions, and tell the layers where they lie."""
+        """Have tables for this many positions, and tell the kernels where they lie."""
+        if self.grow(positions):
+            self.point(layers)
+
+    def grow(self, positions: int) -> bool:
+        """Have tables for this many positions; return whether that made new ones."""
         if positions <= self._length:
-            return
+            return False
         goal = max(2 * self._length, positions, _STEP)
         while self._length < goal:
             self._extend()
-        self.point(layers)
+        return True
+
+    def table(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Return the layer's cosines and sines, ``[positions, rotary]`` each, if it rotates."""
+        return self._tables[self._which[layer]] if self._rotates[layer] else None
 
     def point(self, layers: ctypes.Array[LayerStruct]) -> None:
         """Tell the layers where their tables lie."""
@@ -102,8 +111,9 @@ def windows(adapter: Adapter) -> list[int]:
 
 def prepared(adapter: Adapter, start: int, rows: int) -> Prepared:
     """Return what the model prepares for ``rows`` tokens after ``start`` others."""
-    ids = torch.zeros(1, rows, dtype=torch.long)
-    positions = torch.arange(start, start + rows)[None]
+    device = adapter.model.device
+    ids = torch.zeros(1, rows, dtype=torch.long, device=device)
+    positions = torch.arange(start, start + rows, device=device)[None]
     slot = [LayerStore() for _ in adapter.layers]
     with torch.no_grad():
         return adapter.prepare(ids, positions, None, group_cache([slot], [start], rows))

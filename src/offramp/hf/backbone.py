@@ -111,7 +111,7 @@ class HFBackbone:
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
         """Return logits ``[N, V]`` of states ``[N, D]``; every depth shares norm and head."""
         self.meter.read(len(hidden))
-        return self.adapter.readout(hidden)
+        return self.adapter.readout(hidden.to(self.model.device))  # a trace's states lie elsewhere
 
     @torch.no_grad()
     def shortlist(self, tokens: Tensor) -> Readout:
@@ -144,7 +144,7 @@ class HFBackbone:
         @torch.no_grad()
         def readout(hidden: Tensor, _depth: int) -> Tensor:
             self.meter.checked(len(hidden))
-            return self._place.readout(head, hidden)
+            return self._place.readout(head, hidden.to(self.model.device))
 
         return readout
 

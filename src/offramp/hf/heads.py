@@ -50,14 +50,14 @@ class HeadPlace:
     def shortlist(self, tokens: Tensor) -> nn.Module:
         """Return a head of these entries alone."""
         tokens = tokens.to(self.head.weight.device)
-        return _linear(self.head.weight[tokens], _part(self.head.bias, tokens))
+        return linear(self.head.weight[tokens], _part(self.head.bias, tokens))
 
     def low_rank(self, rank: int) -> nn.Module:
         """Return the best approximation of the head of this rank, as two matrices."""
         weight = self.head.weight
         up, down = low_rank(weight, self._gains(), rank)
         return nn.Sequential(
-            _linear(down.to(weight.dtype), None), _linear(up.to(weight.dtype), self.head.bias)
+            linear(down.to(weight.dtype), None), linear(up.to(weight.dtype), self.head.bias)
         )
 
     def _gains(self) -> Tensor:
@@ -102,7 +102,8 @@ class _Catch(nn.Module):
         return rows
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a matrix ``[outputs, inputs]`` as a module that is not trained."""
     made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     made.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:
