@@ -94,8 +94,8 @@ def read(requests: Iterable[Request], seen: list[Request]) -> Iterator[Request]:
     ("prompt", "new", "complaint"),
     [
         (0, 1, "the prompt is empty"),
-        (1, 0, "max-new-tokens must be 1 or more, not 0"),
-        (1, -1, "max-new-tokens must be 1 or more, not -1"),
+        (1, 0, "max-new-tokens must be a whole number, 1 or more, not 0"),
+        (1, -1, "max-new-tokens must be a whole number, 1 or more, not -1"),
         (CONTEXT, 1, f"the prompt has {CONTEXT} tokens, .* at most {CONTEXT} .*shorten"),
         (CONTEXT + 1, 1, f"the prompt has {CONTEXT + 1} tokens, .* at most {CONTEXT} .*shorten"),
     ],
@@ -294,3 +294,9 @@ def finish_all(pool: Pool) -> None:
     for writers in pool.rounds():
         for writer in writers:
             writer.emit(5, 2)
+
+
+def test_half_a_token_is_refused() -> None:
+    """It would never be counted down to nothing."""
+    with pytest.raises(UsageError, match=r"not 1\.5"):
+        check_request(Request([1], cast("int", 1.5)), CONTEXT)

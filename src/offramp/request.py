@@ -53,8 +53,11 @@ def check_request(request: Request, context: int) -> None:
     """
     if not request.ids:
         raise UsageError("the prompt is empty")
-    if request.max_new_tokens < 1:
-        raise UsageError(f"max-new-tokens must be 1 or more, not {request.max_new_tokens}")
+    # A fraction would never be counted down to 0, and the text never end.
+    if request.max_new_tokens < 1 or request.max_new_tokens % 1:
+        raise UsageError(
+            f"max-new-tokens must be a whole number, 1 or more, not {request.max_new_tokens}"
+        )
     if len(request.ids) >= context:
         raise UsageError(
             f"the prompt has {len(request.ids)} tokens, and the model reads at most {context} "
