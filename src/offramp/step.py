@@ -163,7 +163,7 @@ def _leave(backbone: Backbone, gone: Flow, skipped: Sequence[int], kv: KV) -> No
 def _collect(chosen: list[tuple[tuple[int, ...], Probe]], counts: list[int]) -> Outcome:
     """Put all texts back in order, and read out the rows that have no logits yet.
 
-    If none has, rows of every depth share one pass over the head.
+    If none has, and one head reads all, rows of every depth share one pass over it.
     """
     members = [member for group, _ in chosen for member in group]
     depths = [probe.depth for group, probe in chosen for _ in group]
@@ -181,7 +181,7 @@ def _collect(chosen: list[tuple[tuple[int, ...], Probe]], counts: list[int]) -> 
         return torch.cat([rows[i] for i in order])
 
     probes = [probe for _, probe in chosen]
-    if any(probe.is_read for probe in probes):
+    if any(probe.is_read or probe.readout != probes[-1].readout for probe in probes):
         logits = ordered([probe.logits for probe in probes])
     else:
         deepest = probes[-1]

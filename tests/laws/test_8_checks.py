@@ -17,7 +17,7 @@ from offramp.fast.open import open_fast
 from offramp.heads import low_rank
 from offramp.hf.open import open_model
 from offramp.plan import Path, execute
-from offramp.policy import Threshold
+from offramp.policy import Threshold, fixed
 from offramp.probe import Probe
 from offramp.request import Request
 from offramp.signals import find, score
@@ -337,3 +337,16 @@ def test_a_head_longer_than_the_vocabulary_is_refused() -> None:
     long = Shortlist(size=backbone.shape.vocab_size + 1)
     with pytest.raises(UsageError, match="longer than the vocabulary"):
         Path(layers=(0, 1), head=long).must_fit(backbone)
+
+
+@pytest.mark.parametrize("family", BOTH)
+def test_a_head_of_the_paths_end_reads_no_row_that_left(family: str) -> None:
+    """Rows share a pass over a head only where it is the same head."""
+    backbone = opened(family)
+    short = Shortlist(size=backbone.shape.vocab_size).look(backbone)
+    texts = [Text(ids, backbone.open()) for ids in texts_of(backbone, [5, 8], seed=1)]
+    with counted(backbone):
+        before = backbone.meter.copy()
+        step(backbone, texts, fixed(2), head=short, stay=[False, True])
+        work = backbone.meter - before
+    assert (work.head_rows, work.check_rows) == (1, 1)
