@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import offramp
 from offramp.cost import flops, full_depth, weight_bytes
-from offramp.errors import UsageError
+from offramp.errors import OfframpError, UsageError
 from offramp.sample import Sampling
 from tests.tools import counted
 
@@ -107,3 +108,16 @@ def test_the_context_ends_a_text(tiny: offramp.Model) -> None:
     prompt = len("<user>" + "x" * 230 + "<assistant>")
     assert len(output.token_ids) == 256 - prompt
     assert output.finish_reason == "length"
+
+
+def test_a_device_that_fails_without_a_word_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some of torch's errors carry no message at all."""
+
+    def wordless(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "zeros", wordless)
+    with pytest.raises(OfframpError, match="on cuda here: AssertionError"):
+        offramp.load(device="cuda")

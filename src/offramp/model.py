@@ -278,8 +278,9 @@ def _checked_device(name: str) -> torch.device:
         raise UsageError(f"there is no device {name!r}; try cpu or cuda") from error
     try:
         torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as its maker pleases
-        reason = str(error).splitlines()[0][:200]
+    # torch's own ways of saying that a device is absent, not built in, or holds no data ("meta").
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise OfframpError(f"nothing can be run on {name} here: {reason}") from error
     return device
 
