@@ -98,7 +98,8 @@ def bench(record: dict[str, Any]) -> str:
         f"({machine['memory_gb_per_second']:.0f} GB/s from memory in that run), torch "
         f"{versions['torch']}, transformers {versions['transformers']}; medians and quartiles of "
         f"{record['rounds']} interleaved rounds. Lossy rows write other tokens, and so may int4, "
-        "whose states are rounded: one early difference shifts all that follows. "
+        "whose states are rounded: one early difference shifts all that follows. Above 100% of the "
+        "ceiling, a part came out of the processor's cache. "
         f"Written by `{record.get('command', 'offramp bench')}`."
     )
 
