@@ -29,16 +29,16 @@ ORDER = [
     ("speculate",),
     ("trace",),
     ("gate",),
-    ("plan",),
+    ("plan", "card"),
     ("inspection", "text"),
     ("hf",),
     ("fast",),
     ("model",),
-    ("bench",),
+    ("bench", "tune"),
     ("cli",),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-TRANSFORMERS = ("hf",)
+TRANSFORMERS = ("hf", "tune")
 WORKER = SOURCE / "bench" / "worker.py"  # a program for other environments, not a module of ours
 
 

@@ -1,0 +1,99 @@
+"""The card of a tuned model: ``offramp.json`` beside its weights. Says what was tuned, and how.
+
+A tuned model is a folder: a whole checkpoint, an adapter of a base model, or readouts alone. The
+card names the exits, what reads each of them out, the base model and the data.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from offramp.checks import Record
+from offramp.errors import OfframpError
+from offramp.files import write_text
+
+CARD, READOUTS = "offramp.json", "readouts.safetensors"
+
+ReadoutKind = Literal["shared", "affine", "head", "block"]
+"""What an exit's state passes before it becomes logits.
+
+``shared``: the model's last norm and head (LITE, Sorted LLaMA). ``affine``: a linear map in front
+of both (tuned lens). ``head``: the last norm and a head of its own (Sorted LLaMA's ICT baseline).
+``block``: a decoder layer of its own, with its own keys and values, in front of both (Balcony).
+"""
+_MOST_BYTES = 2**24
+
+
+class Base(Record):
+    """The model that the readouts or the adapter belong to."""
+
+    name: str
+    """Hub id, folder or file it was opened by; the default model by its shown name."""
+    fingerprint: str
+    """Of the weights the readouts work with: after tuning, where those were tuned too."""
+
+
+class Recipe(Record):
+    """How it was tuned."""
+
+    name: str
+    settings: dict[str, Any] = {}
+
+
+class Data(Record):
+    """What it was tuned on."""
+
+    files: dict[str, str]
+    """SHA-256 of each file's bytes, by its name without folders."""
+    texts: int
+    tokens: int
+    """Tokens seen in training, prompts included, repeats counted."""
+
+
+class Card(Record):
+    """What ``offramp.json`` says."""
+
+    format: Annotated[int, Field(ge=1, le=1)] = 1
+    base: Base
+    exits: tuple[Annotated[int, Field(ge=1)], ...]
+    """Depths at which the model was taught to speak, ascending."""
+    readouts: dict[int, ReadoutKind] = {}
+    """By depth; an exit that is not named is ``shared``."""
+    recipe: Recipe
+    data: Data | None = None
+    versions: dict[str, str] = {}
+
+
+def read_card(folder: Path) -> Card | None:
+    """Return the card of a tuned model, or None where the folder has none.
+
+    Raises:
+        OfframpError: it cannot be read or is no card; the first thing wrong is named.
+    """
+    path = folder / CARD
+    try:
+        if not path.is_file():
+            return None
+        if path.stat().st_size > _MOST_BYTES:
+            raise OfframpError(f"{path} is too large for a card")
+        return Card.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise OfframpError(f"cannot read {path}: {error.strerror}") from error
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = ".".join(str(part) for part in wrong["loc"])
+        raise OfframpError(
+            f"{path} is no card of a tuned model: {where + ': ' if where else ''}{wrong['msg']}"
+        ) from error
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Write ``offramp.json`` into a folder, whole or not at all.
+
+    Raises:
+        OfframpError: it cannot be written.
+    """
+    write_text(folder / CARD, card.model_dump_json(indent=2) + "\n")
