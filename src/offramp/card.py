@@ -40,7 +40,7 @@ class Recipe(Record):
     """How it was tuned."""
 
     name: str
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
 
 
 class Data(Record):
@@ -60,11 +60,11 @@ class Card(Record):
     base: Base
     exits: tuple[Annotated[int, Field(ge=1)], ...]
     """Depths at which the model was taught to speak, ascending."""
-    readouts: dict[int, ReadoutKind] = {}
+    readouts: dict[int, ReadoutKind] = Field(default_factory=dict)
     """By depth; an exit that is not named is ``shared``."""
     recipe: Recipe
     data: Data | None = None
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
 
 
 def read_card(folder: Path) -> Card | None:
