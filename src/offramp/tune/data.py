@@ -20,6 +20,7 @@ TOO_LONG = "prompt without room for an answer"
 
 _CHUNK = 1000
 _SHOW_BAR_FROM = 5000
+_STAND_IN = "STANDSFORTHEANSWER"  # to see what a template puts behind one
 
 
 @dataclass(frozen=True)
@@ -194,23 +195,28 @@ def _render(row: Row, tokenizer: Any, faults: Faults) -> tuple[str, str] | None:
 
     Templates often put a line break behind that; nobody generates so far.
     """
-    answer, asked = row.answer or "", row.prompt
+    asked, answer = row.prompt, row.answer or ""
     asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-    said = [*asked, {"role": "assistant", "content": answer}]
     try:
         prompt: str = tokenizer.apply_chat_template(
             asked, add_generation_prompt=True, tokenize=False
         )
-        whole: str = tokenizer.apply_chat_template(said, tokenize=False).rstrip()
+        whole = _said(asked, answer, tokenizer)
+        rest = whole.removeprefix(prompt)
+        if whole.startswith(prompt) and answer.strip() in rest:
+            return prompt, rest
+        # Some templates open a thought for the model, which they drop from what was said.
+        _, found, end = _said(asked, _STAND_IN, tokenizer).rpartition(_STAND_IN)
     except TemplateError as error:
         faults(row.where, "the model's chat template refuses it", f" ({error})")
         return None
-    if whole.startswith(prompt):
-        return prompt, whole[len(prompt) :]
-    # Some templates open a thought for the model, and drop it from what was said.
-    content = answer.strip()
-    _, found, end = whole.rpartition(content)
     if not found:
         faults(row.where, "the model's chat template drops its answer")
         return None
-    return prompt, content + end
+    return prompt, answer + end
+
+
+def _said(asked: list[dict[str, str]], answer: str, tokenizer: Any) -> str:
+    messages = [*asked, {"role": "assistant", "content": answer}]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    return text.rstrip()
