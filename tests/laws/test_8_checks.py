@@ -11,7 +11,7 @@ from torch import Tensor
 import offramp
 from offramp.backbone import Backbone
 from offramp.batch import Text
-from offramp.checks import FULL_HEAD, Check, LowRank, Shortlist, Tokens, read_tokens
+from offramp.checks import FULL_HEAD, Check, Head, LowRank, Shortlist, Tokens, read_tokens
 from offramp.cost import flops, weight_bytes
 from offramp.decode import decode
 from offramp.errors import OfframpError, UnsupportedModelError, UsageError
@@ -358,7 +358,7 @@ def test_a_head_of_every_entry_is_the_full_head(family: str) -> None:
     backbone = opened(family)
     requests = [Request(ids, 12) for ids in texts_of(backbone, [5, 8, 3], seed=1)]
     layers, size = (0, 1, 4), backbone.shape.vocab_size
-    heads = [FULL_HEAD, Shortlist(size=size), Tokens(tokens=tuple(range(size)))]
+    heads: list[Head] = [FULL_HEAD, Shortlist(size=size), Tokens(tokens=tuple(range(size)))]
     plain, *headed = (
         collected(execute(backbone, requests, Path(layers=layers, head=head)), 3)[0]
         for head in heads
@@ -370,10 +370,11 @@ def test_a_head_beyond_the_vocabulary_is_refused() -> None:
     """Before anything runs."""
     backbone = generic("llama")
     size = backbone.shape.vocab_size
-    for head, complaint in [
+    cases: list[tuple[Head, str]] = [
         (Shortlist(size=size + 1), "longer than the vocabulary"),
         (Tokens(tokens=(0, 3, size)), f"holds the token {size}, .* ends at {size - 1}"),
-    ]:
+    ]
+    for head, complaint in cases:
         with pytest.raises(UsageError, match=complaint):
             Path(layers=(0, 1), head=head).must_fit(backbone)
         with pytest.raises(UsageError, match=complaint):
