@@ -58,7 +58,7 @@ class Trace:
     hidden: Tensor | None = None
     """``[T, E + 1, D]``: the states, where they were kept."""
     check: str = "full"
-    """The check whose scores these are, as the command line writes it."""
+    """The check whose scores these are, as it calls itself: ``str(check)``."""
 
     @cached_property
     def agrees(self) -> Tensor:
