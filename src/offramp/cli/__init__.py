@@ -12,6 +12,7 @@ from offramp.cli.bench import bench
 from offramp.cli.generate import generate
 from offramp.cli.inspect import inspect
 from offramp.cli.trace import trace
+from offramp.cli.tune import tune
 from offramp.errors import OfframpError, UsageError
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (inspect, generate, trace, bench):
+for verb in (inspect, tune, generate, trace, bench):
     app.command()(verb)
 
 

@@ -48,6 +48,11 @@ class Batch:
         """Tokens that are no padding."""
         return int((self.segments >= 0).sum())
 
+    def to(self, device: Any) -> Batch:
+        """Return the batch on a device."""
+        parts = (self.ids, self.positions, self.segments, self.labels)
+        return Batch(*(part.to(device) for part in parts))
+
 
 def pack(
     examples: Sequence[Example], length: int, seed: int, epoch: int, *, alone: bool = False

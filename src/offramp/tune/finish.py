@@ -1,0 +1,63 @@
+"""Writes what came out of a run as a folder that opens like any model: weights, then the card."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from offramp.card import READOUTS, Card, write_card
+from offramp.errors import OfframpError
+from offramp.files import write_tensors
+from offramp.tune.network import Net
+
+
+def write_tuned(folder: Path, net: Net, adapted: Any, tokenizer: Any, card: Card) -> None:
+    """Write the trained parts of a model, and the card last: a folder with a card is whole.
+
+    Args:
+        folder: where; its log and states stay.
+        net: the trained net.
+        adapted: the peft model around it, or None.
+        tokenizer: of the model; saved beside whole weights.
+        card: what to say of it.
+
+    Raises:
+        OfframpError: it cannot be written.
+    """
+    if net.readouts:
+        write_tensors(folder / READOUTS, _readouts(net), {})
+    elif adapted is not None:
+        _beside(folder, adapted.save_pretrained)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's template, with nothing filled in
+    else:
+        _beside(folder, net.model.save_pretrained)
+        _beside(folder, tokenizer.save_pretrained)
+    write_card(folder, card)
+
+
+def _readouts(net: Net) -> dict[str, Any]:
+    """Return the exits' own readouts, named ``depth.kind.part``."""
+    return {
+        f"{depth}.{net.kind}.{name}": tensor.detach().cpu().contiguous()
+        for depth, module in net.readouts.items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def _beside(folder: Path, save: Callable[[str], Any]) -> None:
+    """Let ``save`` fill a folder beside, then move its files into place."""
+    part = folder / ".model.part"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save(str(part))
+        for file in sorted(part.iterdir()):
+            file.replace(folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise OfframpError(f"cannot write the tuned model to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
