@@ -61,7 +61,7 @@ def exit_losses(
         teacher: states ``[N, D]`` and what reads them, for terms with a soft weight.
         chunk: rows whose logits exist at once.
     """
-    sums: dict[int, list[float]] = {}
+    sums = {index: [0.0, 0.0] for index in range(len(terms))}
     total: Tensor = _Fused.apply(  # type: ignore[no-untyped-call]
         _Work(terms, labels, parameters, teacher, chunk, sums),
         *(term.rows for term in terms),
@@ -151,7 +151,7 @@ def _accumulate(
     for kept, gradient in zip(gradients[len(work.terms) :], shared, strict=True):
         if kept is not None and gradient is not None:
             kept += gradient
-    sums = work.sums.setdefault(index, [0.0, 0.0])
+    sums = work.sums[index]
     sums[0] += hard.item()
     sums[1] += soft.item()
     return term.hard * hard + term.soft * soft

@@ -150,7 +150,7 @@ class Net(nn.Module):
             reads = self._teacher[0].adapter.readout if self._teacher else self.adapter.readout
             last = states.rows[self.num_layers] if taught is None else taught
             teacher = (last, reads)
-        return exit_losses(terms, states.labels, self._speaking(terms), teacher)
+        return exit_losses(terms, states.labels, self.speaking(terms), teacher)
 
     @torch.no_grad()
     def teach(self, batch: Batch) -> Tensor | None:
@@ -160,7 +160,7 @@ class Net(nn.Module):
         teacher = self._teacher[0]
         return teacher.states(batch, [teacher.num_layers]).rows[teacher.num_layers]
 
-    def _speaking(self, terms: Sequence[Term]) -> list[nn.Parameter]:
+    def speaking(self, terms: Sequence[Term]) -> list[nn.Parameter]:
         """Return the trained parameters that these terms' readers use, found by asking autograd."""
         candidates = [p for p in self.parameters() if p.requires_grad]
         found: dict[int, nn.Parameter] = {}

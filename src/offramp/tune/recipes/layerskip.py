@@ -34,11 +34,16 @@ def loss(net: Net, batch: Batch, moment: Moment) -> Losses:
     weights = _weights(net, moment)
 
     def drop(layer: int, before: Tensor, after: Tensor) -> Tensor:
-        share = _MOST_DROPPED * (math.exp(layer * math.log(2) / (net.num_layers - 1)) - 1)
+        share = dropped_share(layer, net.num_layers)
         dropped = torch.rand(len(after), generator=moment.generator) < share
         return torch.where(dropped.to(after.device)[:, None, None], before, after)
 
     return teach(net, batch, weights, moment, drop)
+
+
+def dropped_share(layer: int, num_layers: int) -> float:
+    """Return the share of rows for which a layer is left out (eq. 2)."""
+    return _MOST_DROPPED * (math.exp(layer * math.log(2) / (num_layers - 1)) - 1)
 
 
 def _weights(net: Net, moment: Moment) -> dict[int, float]:
