@@ -121,21 +121,29 @@ def _cut(backbone: HFBackbone, depth: int) -> PreTrainedModel:
 
 
 def _cut_config(config: Any, depth: int) -> Any:
-    """Return a configuration of the first layers; every list with an entry per layer is cut."""
+    """Return a configuration of the first layers, with what it says of each layer cut as well."""
     inner, facts = config.get_text_config(decoder=True), config.to_dict()
-    count = inner.num_hidden_layers
     where = facts
     if inner is not config:
         [part] = [key for key in config.sub_configs if getattr(config, key) is inner]
         where = facts[part]
     for key, value in where.items():
-        if isinstance(value, list) and len(value) == count and key not in _NOT_LAYERS:
-            where[key] = value[:depth]
+        if key not in _NOT_LAYERS:
+            where[key] = _cut_fact(value, inner.num_hidden_layers, depth)
     where[inner.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = depth
     return type(config).from_dict(facts)
 
 
-_NOT_LAYERS = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id"}
+def _cut_fact(value: Any, count: int, depth: int) -> Any:
+    """Return the entries of the first layers, of a list of all or a table by layer."""
+    if isinstance(value, list) and len(value) == count:
+        return value[:depth]
+    if isinstance(value, dict) and value and all(str(key).isdecimal() for key in value):
+        return {key: entry for key, entry in value.items() if int(key) < depth}
+    return value
+
+
+_NOT_LAYERS = {"architectures", "id2label", "bos_token_id", "eos_token_id", "pad_token_id"}
 """Lists that may be as long as the model is deep, but by chance."""
 
 

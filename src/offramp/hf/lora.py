@@ -65,33 +65,48 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         OfframpError: peft is not installed, the adapter is no LoRA, is pickled, cannot be read,
             does not fit this model, or cannot be merged with the same result.
     """
+    adapted = _attached(model, folder)
+    before = _logits(adapted, model.config)
+    try:
+        whole: PreTrainedModel = adapted.merge_and_unload().eval()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise OfframpError(f"the adapter in {folder} cannot be merged: {line(error)}") from error
+    off = (_logits(whole, model.config) - before).abs().max().item()
+    if not off <= _TOLERANCE * max(before.abs().max().item(), 1.0):  # also catches NaN
+        raise OfframpError(
+            f"the adapter in {folder} cannot be merged: the model gives other logits then (off by "
+            f"{off:.2g})"
+        )
+    _untie(whole)
+    return whole
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Let the configuration say so where an adapter has parted the head from the embedding."""
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
+
+
+def _attached(model: PreTrainedModel, folder: Path) -> Any:
+    """Return peft's model with the adapter beside the weights."""
     try:
         import peft
     except ImportError as error:
         raise OfframpError(f"{folder} is an adapter: pip install offramp[tune]") from error
     tensors = _tensors(folder)
+    settings = _settings(folder, peft.LoraConfig)
     try:
-        settings = peft.LoraConfig(**_settings(folder, peft.LoraConfig))
         # On no device until the tensors are there: a rank of a million takes no memory.
-        adapted = peft.get_peft_model(model, settings, low_cpu_mem_usage=True)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**settings), low_cpu_mem_usage=True)
         loaded = peft.set_peft_model_state_dict(adapted, tensors, low_cpu_mem_usage=True)
-    except OfframpError:
-        raise
     except Exception as error:  # peft has many ways of saying that weights and model differ
         raise _misfit(folder, line(error)) from error
     made = {name for name, p in adapted.named_parameters() if p.requires_grad}
     for name in (*loaded.unexpected_keys, *sorted(made & set(loaded.missing_keys))):
         raise _misfit(folder, f"{name} has no counterpart")
-    adapted.eval()
-    before = _logits(adapted, model.config)
-    whole: PreTrainedModel = adapted.merge_and_unload().eval()
-    off = (_logits(whole, model.config) - before).abs().max().item()
-    if not off <= _TOLERANCE * max(before.abs().max().item(), 1.0):  # also catches NaN
-        raise OfframpError(
-            f"the adapter in {folder} cannot be merged: the model gives other logits then (off by "
-            f"{off:.2g}); does it change weights that embedding and head share?"
-        )
-    return whole
+    return adapted.eval()
 
 
 def _logits(model: Any, config: Any) -> Tensor:

@@ -7,6 +7,7 @@ no pickle is read, and no code of a checkpoint is run unless it was asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ def _over_base(
 
 def _added(model: PreTrainedModel, folder: Path, weights: Weights) -> PreTrainedModel:
     """Return the model with the folder's adapter in its weights, in the precision asked for."""
-    own = {name: p.dtype for name, p in model.named_parameters()}
+    named = partial(model.named_parameters, remove_duplicate=False)  # an adapter may part them
+    own = {name: p.dtype for name, p in named()}
     if weights == "bf16":
         full = tuple(model._keep_in_fp32_modules_strict or ())
         own = {n: d if any(m in n for m in full) else torch.bfloat16 for n, d in own.items()}
