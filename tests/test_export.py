@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import offramp
 from offramp.batch import Text
@@ -72,15 +71,23 @@ def test_the_command_says_what_it_wrote(shell: Shell, checkpoint: Path, tmp_path
     kept = AutoTokenizer.from_pretrained(tmp_path / "two")
     assert kept.chat_template == byte_tokenizer().chat_template
     assert kept("hé")["input_ids"] == byte_tokenizer()("hé")["input_ids"]
-    settings = [
-        json.loads((f / "generation_config.json").read_text())
-        for f in (checkpoint, tmp_path / "two")
-    ]
-    assert settings[0] == settings[1]
     answer = offramp.load(str(tmp_path / "two"), backbone="hf").generate("hi", max_new_tokens=8)
     plan = offramp.Plan(run=offramp.Path(layers=(0, 1)))
     early = offramp.load(str(checkpoint), backbone="hf").generate("hi", plan=plan, max_new_tokens=8)
     assert answer.outputs[0].token_ids == early.outputs[0].token_ids
+
+
+def test_generation_settings_go_along(tmp_path: Path) -> None:
+    """Those of the model, not those that its configuration would give."""
+    backbone = generic("llama")
+    usual = backbone.model.generation_config
+    try:
+        backbone.model.generation_config = GenerationConfig(repetition_penalty=1.3, eos_token_id=7)
+        export(backbone, byte_tokenizer(), DEPTH, tmp_path / "out")
+    finally:
+        backbone.model.generation_config = usual
+    kept = plain(tmp_path / "out").generation_config
+    assert (kept.repetition_penalty, kept.eos_token_id) == (1.3, 7)
 
 
 def test_what_cannot_be_exported_writes_nothing(
@@ -94,6 +101,8 @@ def test_what_cannot_be_exported_writes_nothing(
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").write_text("mine")
     shell.refused(2, "not empty", *run, 2, "--out", tmp_path)
+    before = ("export", "no-such-model", "--depth", 2, "--out", tmp_path)
+    shell.refused(2, "not empty", *before)  # said before anything is loaded
     shell.refused(2, "not empty", *run, 2, "--out", tmp_path / "file")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "mine"

@@ -113,14 +113,21 @@ def test_a_merged_adapter_is_the_adapted_model(checkpoint: Path, tmp_path: Path,
     assert {name for name, _ in model.named_parameters()} == plain
 
 
-def test_an_adapter_of_a_tied_head_leaves_the_embedding_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}],
+    ids=["adapted", "saved whole"],
+)
+def test_an_adapter_of_a_tied_head_leaves_the_embedding_alone(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
     """Merged into the matrix that both share, it would change both."""
     base = save_tiny(tmp_path / "base")
     tied = load_checkpoint(str(base))[0]
     tied.config.tie_word_embeddings = True
     tied.tie_weights()
     tied.save_pretrained(base)
-    expected = save_adapter(base, tmp_path / "adapter", target_modules=["lm_head"])
+    expected = save_adapter(base, tmp_path / "adapter", **settings)
     model = tuned.load_tuned(str(tmp_path / "adapter"), weights="own").model
     torch.testing.assert_close(said(model), expected, atol=1e-4, rtol=1e-4)
     assert not model.config.tie_word_embeddings
@@ -279,9 +286,16 @@ def test_a_base_is_no_more_trusted_than_a_model(
     edit(base / "config.json", model_type="own", auto_map={"AutoConfig": "code.Config"})
     (base / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     shell.refused(1, "config.json", *run)
+    (base / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    named = {"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]}
+    shutil.copy(base / "code.py", adapter)
+    for folder in (base, adapter):
+        facts = {"tokenizer_class": "Tokenizer", "auto_map": named}
+        (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+        shell(*run)
     assert not (tmp_path / "ran").exists()
+    (adapter / "tokenizer_config.json").unlink()
 
-    shutil.copy(checkpoint / "config.json", base)
     shutil.copy(adapter / ADAPTER_CONFIG, base)
     (base / "adapter_model.bin").write_bytes(b"no pickle at all")
     shell.refused(1, "holds an adapter, where a whole checkpoint is needed", *run)
@@ -317,6 +331,20 @@ def test_a_card_must_be_of_this_model(
     shell.refused(1, "holds a card, but no weights", *run)
     edit(folder / CARD, exits=[0])
     shell.refused(1, "is no card of a tuned model", *run)
+
+
+def test_a_card_cannot_command_the_terminal(
+    shell: Shell, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Control characters in names are shown, not sent."""
+    folder = Path(shutil.copytree(folders["checkpoint"], tmp_path / "model"))
+    edit(folder / CARD, recipe={"name": "\x1b[2J"})
+    run = ("--prompt", "a", "--max-new-tokens", 2, "--backbone", "hf")
+    status, out, _ = shell("inspect", folder, *run)
+    assert status == 0
+    assert "Tuned by \\x1b[2J" in out
+    assert "\x1b" not in out
+    shell.refused(1, "\\x1b[2J.gguf", "generate", "\x1b[2J.gguf", "--prompt", "a")
 
 
 def test_the_tokenizer_of_the_tuned_model_goes_before_that_of_its_base(

@@ -77,16 +77,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
             f"the adapter in {folder} cannot be merged: the model gives other logits then (off by "
             f"{off:.2g})"
         )
-    _untie(whole)
     return whole
-
-
-def _untie(model: PreTrainedModel) -> None:
-    """Let the configuration say so where an adapter has parted the head from the embedding."""
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is not model.get_input_embeddings().weight:
-        for config in (model.config, model.config.get_text_config(decoder=True)):
-            config.tie_word_embeddings = False
 
 
 def _attached(model: PreTrainedModel, folder: Path) -> Any:
