@@ -44,7 +44,8 @@ ModelName = Annotated[
     str | None,
     typer.Argument(
         metavar="[MODEL]",
-        help="Hub id, local folder or GGUF file; SmolLM2-135M-Instruct by default.",
+        help="Hub id, local folder (a tuned model's, too) or GGUF file; SmolLM2-135M-Instruct by "
+        "default.",
         show_default=False,
     ),
 ]
