@@ -210,6 +210,7 @@ def assert_sums(work: Meter) -> None:
         (work.head_passes, work.head_rows, tally.heads),
         (work.fill_passes, work.fill_rows, tally.fills),
         (work.check_passes, work.check_rows, tally.checks),
+        (work.map_passes, work.map_rows, tally.maps),
     ):
         assert passes == by_rows.total()
         assert rows == sum(count * size for size, count in by_rows.items())
@@ -299,7 +300,7 @@ def _padded(backbone: GraphBackbone, rows: Rows) -> Iterator[None]:
 
 
 def _hooks(backbone: HFBackbone, rows: Rows) -> Iterator[Any]:
-    for index, layer in enumerate(backbone.adapter.layers):
+    for index, layer in enumerate([*backbone.adapter.layers, *backbone.own.layers]):
         for kind, names in _KINDS.items():
             for module in _ending(layer, names):
 
@@ -316,7 +317,8 @@ def _hooks(backbone: HFBackbone, rows: Rows) -> Iterator[Any]:
     def check(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
         rows.add("check", 0, args[0][..., 0].numel())
 
-    yield backbone.model.get_output_embeddings().register_forward_pre_hook(head)
+    for one in (backbone.model.get_output_embeddings(), *backbone.own.heads.values()):
+        yield one.register_forward_pre_hook(head)
     for cheap in backbone.cheap.values():  # those made inside a count would be missed: make first
         yield cheap.register_forward_pre_hook(check)
 
