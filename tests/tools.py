@@ -176,7 +176,7 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
     """Count real rows, by hooks or by the kernels, and hold law 6: the meter is the work."""
     rows, before = Rows(), backbone.meter.copy()
     if isinstance(backbone, FastBackbone):
-        with _watched(backbone, rows):
+        with _watched(backbone, rows), _maps(backbone, rows):
             yield rows
     elif isinstance(backbone, GraphBackbone):
         with _padded(backbone, rows):
@@ -184,7 +184,8 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
     else:
         hooks = list(_hooks(backbone, rows))
         try:
-            yield rows
+            with _maps(backbone, rows):
+                yield rows
         finally:
             for hook in hooks:
                 hook.remove()
@@ -199,6 +200,7 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
     assert rows.calls["output"] == work.tally.layers
     assert rows.calls["head"] == work.tally.heads
     assert rows.calls["check"] == work.tally.checks
+    assert rows.calls["map"] == work.tally.maps
     assert_sums(work)
 
 
@@ -297,6 +299,21 @@ def _padded(backbone: GraphBackbone, rows: Rows) -> Iterator[None]:
         for name in changed:
             del backbone.layers.__dict__[name]
         del backbone.__dict__["run"], backbone.__dict__["fill"]
+
+
+@contextmanager
+def _maps(backbone: HFBackbone | FastBackbone, rows: Rows) -> Iterator[None]:
+    """Count the rows of the affine maps that exits own: modules on either backbone."""
+
+    def mapped(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows.add("map", 0, len(args[0]))
+
+    hooks = [owned.register_forward_pre_hook(mapped) for owned in backbone.own.maps.values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _hooks(backbone: HFBackbone, rows: Rows) -> Iterator[Any]:

@@ -68,7 +68,7 @@ class FastBackbone:
 
         An affine map runs in fp32, one product of torch's.
         """
-        self._own = own
+        self.own = own
         self.blocks: Mapping[int, int] = own.blocks
         self.apart = own.apart
         self._heads = {depth: own_head(head, self._format) for depth, head in own.heads.items()}
@@ -115,9 +115,9 @@ class FastBackbone:
 
     @torch.no_grad()
     def _mapped(self, hidden: Tensor, depth: int) -> Tensor:
-        if depth in self._own.maps:
+        if depth in self.own.maps:
             self.meter.mapped(len(hidden))
-        return self._own.mapped(hidden, depth)
+        return self.own.mapped(hidden, depth)
 
     def shortlist(self, tokens: Tensor) -> Readout:
         """Return a readout of these vocabulary entries alone: logits ``[N, len(tokens)]``."""
@@ -132,7 +132,7 @@ class FastBackbone:
     def _reading(self, key: Hashable, made: Callable[[Any], CheapHead]) -> Readout:
         """Return a readout by what ``made`` makes of the shared head and of each exit's own."""
         shared = self.model.get_output_embeddings()
-        heads = {0: shared, **self._own.heads}
+        heads = {0: shared, **self.own.heads}
         for depth, head in heads.items():
             if (key, depth) not in self._cheap:
                 self._cheap[key, depth] = made(head)
