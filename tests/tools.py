@@ -176,7 +176,7 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
     """Count real rows, by hooks or by the kernels, and hold law 6: the meter is the work."""
     rows, before = Rows(), backbone.meter.copy()
     if isinstance(backbone, FastBackbone):
-        with _watched(backbone, rows):
+        with _watched(backbone, rows), _maps(backbone, rows):
             yield rows
     elif isinstance(backbone, GraphBackbone):
         with _padded(backbone, rows):
@@ -184,7 +184,8 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
     else:
         hooks = list(_hooks(backbone, rows))
         try:
-            yield rows
+            with _maps(backbone, rows):
+                yield rows
         finally:
             for hook in hooks:
                 hook.remove()
@@ -199,6 +200,7 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
     assert rows.calls["output"] == work.tally.layers
     assert rows.calls["head"] == work.tally.heads
     assert rows.calls["check"] == work.tally.checks
+    assert rows.calls["map"] == work.tally.maps
     assert_sums(work)
 
 
@@ -210,6 +212,7 @@ def assert_sums(work: Meter) -> None:
         (work.head_passes, work.head_rows, tally.heads),
         (work.fill_passes, work.fill_rows, tally.fills),
         (work.check_passes, work.check_rows, tally.checks),
+        (work.map_passes, work.map_rows, tally.maps),
     ):
         assert passes == by_rows.total()
         assert rows == sum(count * size for size, count in by_rows.items())
@@ -298,8 +301,23 @@ def _padded(backbone: GraphBackbone, rows: Rows) -> Iterator[None]:
         del backbone.__dict__["run"], backbone.__dict__["fill"]
 
 
+@contextmanager
+def _maps(backbone: HFBackbone | FastBackbone, rows: Rows) -> Iterator[None]:
+    """Count the rows of the affine maps that exits own: modules on either backbone."""
+
+    def mapped(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows.add("map", 0, len(args[0]))
+
+    hooks = [owned.register_forward_pre_hook(mapped) for owned in backbone.own.maps.values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _hooks(backbone: HFBackbone, rows: Rows) -> Iterator[Any]:
-    for index, layer in enumerate(backbone.adapter.layers):
+    for index, layer in enumerate([*backbone.adapter.layers, *backbone.own.layers]):
         for kind, names in _KINDS.items():
             for module in _ending(layer, names):
 
@@ -316,7 +334,8 @@ def _hooks(backbone: HFBackbone, rows: Rows) -> Iterator[Any]:
     def check(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
         rows.add("check", 0, args[0][..., 0].numel())
 
-    yield backbone.model.get_output_embeddings().register_forward_pre_hook(head)
+    for one in (backbone.model.get_output_embeddings(), *backbone.own.heads.values()):
+        yield one.register_forward_pre_hook(head)
     for cheap in backbone.cheap.values():  # those made inside a count would be missed: make first
         yield cheap.register_forward_pre_hook(check)
 

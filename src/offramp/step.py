@@ -15,6 +15,7 @@ from torch import Tensor
 
 from offramp.backbone import Backbone
 from offramp.batch import Flow, Span, Text
+from offramp.exits import Exits, shared
 from offramp.policy import FULL, Policy
 from offramp.probe import Probe, Readout
 
@@ -51,6 +52,9 @@ def step(
     on with the next token of its text that gets there, or has its state copied into every deeper
     layer's keys and values (``kv="copy"``).
 
+    Every token that passes an exit of the policy that owns a block, or ends there, fills the block;
+    a text must have been so from its first step on, else it cannot be asked there (UsageError).
+
     Args:
         backbone: what runs the layers.
         texts: the texts, each with at least one new token.
@@ -69,6 +73,8 @@ def step(
     """
     with _all_or_nothing(backbone, texts):
         path = range(backbone.shape.num_layers) if layers is None else layers
+        exits = Exits(backbone, path, () if detour else policy.exits)
+        exits.keep(texts)
         spans = tuple(Span(text, text.done, len(text.ids)) for text in texts)
         flow = Flow(backbone.embed(spans), spans, tuple(range(len(texts))))
         for text in texts:
@@ -77,32 +83,38 @@ def step(
         counts = [1] * len(texts) if tails is None else list(tails)
         chosen: list[tuple[tuple[int, ...], Probe]] = []  # who left, and what they looked like
         probe: Probe | None = None
-        for start, stop in _segments(path, policy.exits, texts):
+        asked_at = policy.exits if stay is None or not all(stay) else tuple(exits.blocks)
+        for start, stop in _segments(path, asked_at, texts):
             flow = flow.drain(path[start])
             flow = Flow(
                 backbone.run(path[start:stop], flow.hidden, flow.spans), flow.spans, flow.members
             )
             if stop == len(path):
                 break
-            asking = [i for i, m in enumerate(flow.members) if stay is None or not stay[m]]
-            if not asking or stop not in policy.exits:
+            if stop not in policy.exits:
                 continue
-            asked = flow.select(asking)
-            rows = asked.tails([1] * len(asking))
-            probe = Probe(stop, len(path), rows, backbone.readout, previous=probe, look=look)
+            asks = [stay is None or not stay[m] for m in flow.members]
+            rows = exits.states(flow, stop, [int(one) for one in asks])
+            if not any(asks):
+                continue
+            asked = flow.select(i for i, one in enumerate(asks) if one)
+            reads = exits.reader(backbone.readout, stop)
+            looks = None if look is None else exits.reader(look, stop)
+            probe = Probe(stop, len(path), rows, reads, previous=probe, look=looks)
             leaving, staying = _split(policy.leave(probe))
             if leaving:
                 gone = asked.select(leaving)
                 chosen.append((gone.members, _choice(backbone, probe.take(leaving), gone, detour)))
-                _leave(backbone, gone, path[stop:], kv)
+                _leave(backbone, gone, [*path[stop:], *exits.deeper(stop)], kv)
                 left = set(gone.members)
                 flow = flow.select(i for i, member in enumerate(flow.members) if member not in left)
                 probe = probe.take(staying)
             if not flow.spans:
                 break
         if flow.spans:
-            rows = flow.tails([counts[member] for member in flow.members])
-            last = Probe(len(path), len(path), rows, head or backbone.readout)
+            rows = exits.states(flow, len(path), [counts[member] for member in flow.members])
+            reads = exits.reader(head or backbone.readout, len(path))
+            last = Probe(len(path), len(path), rows, reads)
             chosen.append((flow.members, last))
         return _collect(chosen, counts)
 
@@ -110,12 +122,12 @@ def step(
 @contextmanager
 def _all_or_nothing(backbone: Backbone, texts: Sequence[Text]) -> Iterator[None]:
     """Put every text back, whatever is raised: its tokens, its queues, its keys and values."""
-    kept = [(text.done, dict(text.waiting)) for text in texts]
+    kept = [(text.done, dict(text.waiting), text.blocks) for text in texts]
     try:
         yield
     except BaseException:
-        for text, (done, waiting) in zip(texts, kept, strict=True):
-            text.done, text.waiting = done, waiting
+        for text, (done, waiting, blocks) in zip(texts, kept, strict=True):
+            text.done, text.waiting, text.blocks = done, waiting, blocks
             _rewind(backbone, text)
         raise
 
@@ -149,7 +161,8 @@ def _choice(backbone: Backbone, probe: Probe, gone: Flow, detour: Sequence[int])
     if not detour:
         return probe
     hidden = backbone.run(detour, gone.hidden, gone.spans)
-    return Probe(probe.depth + len(detour), probe.num_layers, hidden, backbone.readout)
+    reads = shared(backbone, backbone.readout)
+    return Probe(probe.depth + len(detour), probe.num_layers, hidden, reads)
 
 
 def _leave(backbone: Backbone, gone: Flow, skipped: Sequence[int], kv: KV) -> None:

@@ -7,21 +7,22 @@ depth share a call and nothing is padded.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offramp.backbone import Shape
+from offramp.backbone import Shape, from_layer
 from offramp.batch import Span
 from offramp.fast.build import kernels, version
-from offramp.fast.heads import CheapHead, low_rank_head, shortlist_head
+from offramp.fast.heads import CheapHead, low_rank_head, own_head, shortlist_head
 from offramp.fast.layout import FP32, INT8, MatrixStruct, RowsStruct
 from offramp.fast.pack import Format
 from offramp.fast.rotary import Rotary
 from offramp.fast.slots import Sizes, Slot
 from offramp.fast.weights import Taken
+from offramp.hf.own import Own
 from offramp.meter import Meter
 from offramp.probe import Readout
 
@@ -59,7 +60,18 @@ class FastBackbone:
         struct = taken.struct
         int8 = weights in ("int8", "int4")  # keys and values are held as roughly as the weights
         struct.kv_format = INT8 if int8 else FP32
-        self._sizes = Sizes(shape.num_layers, struct.kv_heads, struct.head_size, int8)
+        self._sizes = Sizes(len(taken.layers), struct.kv_heads, struct.head_size, int8)
+        self.give(Own())
+
+    def give(self, own: Own) -> None:
+        """Let exits own these readouts; the layers of their blocks are among those taken.
+
+        An affine map runs in fp32, one product of torch's.
+        """
+        self.own = own
+        self.blocks: Mapping[int, int] = own.blocks
+        self.apart = own.apart
+        self._heads = {depth: own_head(head, self._format) for depth, head in own.heads.items()}
 
     def open(self) -> Slot:
         """Return an empty slot."""
@@ -71,7 +83,7 @@ class FastBackbone:
 
     def trim(self, slot: Slot, length: int, *, first_layer: int = 0) -> None:
         """Forget positions from ``length`` on in every layer from ``first_layer`` on."""
-        slot.trim(length, first_layer)
+        slot.trim(length, from_layer(first_layer, self.shape.num_layers, self.blocks))
 
     @torch.no_grad()
     def embed(self, spans: Sequence[Span]) -> Tensor:
@@ -95,29 +107,40 @@ class FastBackbone:
         self.meter.filled(len(layers), len(hidden))
 
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
-        """Return logits ``[N, V]`` of states ``[N, D]``; every depth shares norm and head."""
+        """Return logits ``[N, V]`` of states ``[N, D]``, by what the exit owns or all share."""
         self.meter.read(len(hidden))
-        return self._read(None, self._taken.struct.head, self.shape.head_weights, hidden)
+        own = self._heads.get(depth)
+        head = self._taken.struct.head if own is None else own.head
+        return self._read(None, head, self.shape.head_weights, self._mapped(hidden, depth))
+
+    @torch.no_grad()
+    def _mapped(self, hidden: Tensor, depth: int) -> Tensor:
+        if depth in self.own.maps:
+            self.meter.mapped(len(hidden))
+        return self.own.mapped(hidden, depth)
 
     def shortlist(self, tokens: Tensor) -> Readout:
         """Return a readout of these vocabulary entries alone: logits ``[N, len(tokens)]``."""
         key = tuple(tokens.tolist())
-        if key not in self._cheap:
-            head = self.model.get_output_embeddings()
-            self._cheap[key] = shortlist_head(head, tokens, self._format)
-        return self._reading(self._cheap[key])
+        return self._reading(key, lambda head: shortlist_head(head, tokens, self._format))
 
     def low_rank(self, rank: int) -> Readout:
         """Return a readout by the head's best approximation of this rank: logits ``[N, V]``."""
-        if rank not in self._cheap:
-            head = self.model.get_output_embeddings()
-            self._cheap[rank] = low_rank_head(head, self._taken.gains, rank, self._format)
-        return self._reading(self._cheap[rank])
+        gains = self._taken.gains
+        return self._reading(rank, lambda head: low_rank_head(head, gains, rank, self._format))
 
-    def _reading(self, cheap: CheapHead) -> Readout:
-        def readout(hidden: Tensor, _depth: int) -> Tensor:
+    def _reading(self, key: Hashable, made: Callable[[Any], CheapHead]) -> Readout:
+        """Return a readout by what ``made`` makes of the shared head and of each exit's own."""
+        shared = self.model.get_output_embeddings()
+        heads = {0: shared, **self.own.heads}
+        for depth, head in heads.items():
+            if (key, depth) not in self._cheap:
+                self._cheap[key, depth] = made(head)
+
+        def readout(hidden: Tensor, depth: int) -> Tensor:
             self.meter.checked(len(hidden))
-            return self._read(cheap.down, cheap.head, cheap.weights, hidden)
+            cheap = self._cheap[key, depth if depth in self._heads else 0]
+            return self._read(cheap.down, cheap.head, cheap.weights, self._mapped(hidden, depth))
 
         return readout
 
@@ -151,7 +174,8 @@ class FastBackbone:
             for layer in self._taken.layers
         ]
         checks = sum(cheap.head.rows for cheap in self._cheap.values())
-        return [*counts, {"head": self._taken.struct.head.rows, "check": checks}]
+        heads = [self._taken.struct.head, *(own.head for own in self._heads.values())]
+        return [*counts, {"head": sum(head.rows for head in heads), "check": checks}]
 
     def _call(
         self, function: _Run, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]

@@ -1,4 +1,4 @@
-"""Packs cheap stand-ins for the vocabulary head: some of its rows, or two factors of low rank."""
+"""Packs heads beside the model's: an exit's own, and cheap ones of some rows or of low rank."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from offramp.fast.layout import MatrixStruct
+from offramp.fast.layout import INT8, MatrixStruct
 from offramp.fast.pack import LANES, Format, pack
 from offramp.heads import low_rank
 
@@ -38,6 +38,21 @@ def low_rank_head(head: nn.Linear, gains: Tensor, rank: int, form: Format) -> Ch
     bias = None if head.bias is None else head.bias.detach()
     structs = (_packed(down, None, form, kept), _packed(up, bias, form, kept))
     return CheapHead(*structs, up.numel() + down.numel(), kept)
+
+
+def own_head(head: nn.Linear, form: Format) -> CheapHead:
+    """Return an exit's own head, as precise as the model's is beside layers of this format."""
+    kept: list[Tensor] = []
+    bias = None if head.bias is None else head.bias.detach()
+    struct = _packed(head.weight.detach(), bias, head_form(form), kept)
+    if form == "int4":
+        struct.format = INT8
+    return CheapHead(None, struct, head.weight.numel(), kept)
+
+
+def head_form(form: Format) -> Format:
+    """Return how a head that chooses tokens is packed: with int4 it keeps 8 bits."""
+    return "int8" if form == "int4" else form
 
 
 def _packed(weight: Tensor, bias: Tensor | None, form: Format, kept: list[Tensor]) -> MatrixStruct:

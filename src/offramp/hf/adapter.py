@@ -105,10 +105,12 @@ class Adapter:
             f"{type(self.model).__name__} ran {len(calls)} of its {len(self.layers)} layers"
         )
 
-    def call(self, layer: int, hidden: Tensor, prepared: Prepared) -> Tensor:
-        """Run one real layer on ``hidden [B, m, D]`` with what was prepared for it."""
+    def call(
+        self, layer: int, hidden: Tensor, prepared: Prepared, module: nn.Module | None = None
+    ) -> Tensor:
+        """Run one real layer, or ``module`` in its place, on ``hidden [B, m, D]``."""
         args, kwargs = prepared.calls[layer]
-        output = self.layers[layer](hidden, *args, **kwargs)
+        output = (module or self.layers[layer])(hidden, *args, **kwargs)
         rows: Tensor = output[0] if isinstance(output, tuple) else output
         return rows
 
