@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from offramp import files
 from offramp.errors import OfframpError, UsageError
 from offramp.tune import loop, state
 from offramp.tune.losses import Losses
@@ -28,7 +29,7 @@ from offramp.tune.run import tune
 from offramp.tune.settings import Settings
 from tests.conftest import save_tiny
 
-WORDS = "the cat sat on a mat and saw nine small birds fly over old trees".split()
+WORDS = ("cat", "mat", "bird", "tree", "boat", "old", "nine", "small")
 
 
 def settings(recipe: str = "lite", **changes: Any) -> Settings:
@@ -235,7 +236,7 @@ def test_a_full_disk_keeps_the_state_before(
     model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And says so in one sentence."""
-    plain, writes = state.write_tensors, []
+    plain, writes = files.write_tensors, []
 
     def full(*args: Any) -> None:
         writes.append(1)

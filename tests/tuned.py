@@ -12,6 +12,7 @@ from torch import Tensor
 from offramp.card import READOUTS, Base, Card, Data, Recipe, write_card
 from offramp.hf.backbone import fingerprint
 from offramp.hf.load import load_checkpoint, quiet
+from offramp.readouts import ExitReadout, write_readouts
 
 IDS = torch.arange(40, 60)[None]
 
@@ -50,6 +51,13 @@ def save_adapter(base: Path, folder: Path, *, size: float = 0.1, **settings: Any
     return said(adapted)
 
 
+def affine(width: int) -> ExitReadout:
+    """Return a small random map."""
+    draw = torch.Generator().manual_seed(1)
+    weight = 0.1 * torch.randn(width, width, generator=draw)
+    return ExitReadout("affine", {"weight": weight, "bias": torch.zeros(width)})
+
+
 def save_tuned(base: Path, folder: Path, form: str) -> Path:
     """Write a tuned model of this form: checkpoint, adapter or readouts."""
     folder.mkdir()
@@ -63,6 +71,9 @@ def save_tuned(base: Path, folder: Path, form: str) -> Path:
     elif form == "adapter":
         save_adapter(base, folder)
     else:
-        (folder / READOUTS).write_bytes(b"")
+        width = load_checkpoint(str(base))[0].config.hidden_size
+        write_readouts(folder / READOUTS, {2: affine(width)})
+        write_card(folder, card_of(base, readouts={2: "affine"}))
+        return folder
     write_card(folder, card_of(base))
     return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from offramp.hf.load import GENERIC_FORMATS
 from offramp.hf.open import open_model
 from offramp.hf.tuned import load_tuned
 from offramp.plan import ModelId, Plan, check_of, execute
+from offramp.readouts import ExitReadout
 from offramp.request import Finish, Request, Token, check_request
 from offramp.sample import Sampling
 from offramp.text import Detokenizer, Prompt, encode
@@ -261,13 +262,15 @@ def load(
     if eos is None:
         eos = tuned.tokenizer.eos_token_id
     ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    opened = _opened(model, backbone, weights)
+    opened = _opened(model, tuned.readouts, backbone, weights)
     return Model(opened, tuned.tokenizer, tuned.name, frozenset(ids), tuned.card)
 
 
-def _opened(model: Any, backbone: BackboneName, weights: Format) -> Backbone:
+def _opened(
+    model: Any, readouts: Mapping[int, ExitReadout], backbone: BackboneName, weights: Format
+) -> Backbone:
     """Return the backbone asked for; with "auto" the generic one where the fast one cannot be."""
-    generic = open_model(model)
+    generic = open_model(model, readouts)
     if backbone == "hf":
         return generic
     try:
@@ -280,7 +283,7 @@ def _opened(model: Any, backbone: BackboneName, weights: Format) -> Backbone:
         held = "bf16" if weights == "bf16" else "fp32"
         _log.warning("offramp: %s; running its own modules with %s weights", error, held)
     if held == "bf16" and model.dtype != torch.bfloat16:
-        return open_model(model.bfloat16())
+        return open_model(model.bfloat16(), readouts)
     return generic
 
 

@@ -34,7 +34,7 @@ def export(
     from offramp.hf.tuned import load_tuned
 
     tuned = load_tuned(model, weights="own", trust_remote_code=trust_remote_code)
-    backbone = open_model(tuned.model)
+    backbone = open_model(tuned.model, tuned.readouts)
     made = write(
         backbone,
         tuned.tokenizer,

@@ -6,6 +6,7 @@ no pickle is read, and no code of a checkpoint is run unless it was asked for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from offramp.errors import OfframpError
 from offramp.hf.backbone import fingerprint
 from offramp.hf.load import DEFAULT_MODEL, Weights, load_checkpoint, quiet, read_tokenizer
 from offramp.hf.lora import ADAPTER_CONFIG, base_of, merged
+from offramp.readouts import ExitReadout, read_readouts
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Tuned:
     name: str
     """To show, and to be opened by again."""
     card: Card | None = None
-    readouts: dict[int, Any] = field(default_factory=dict)
+    readouts: Mapping[int, ExitReadout] = field(default_factory=dict)
     """By depth, what reads that exit out; an exit that is not here has the model's own head."""
 
 
@@ -122,12 +124,20 @@ def _added(model: PreTrainedModel, folder: Path, weights: Weights) -> PreTrained
     return model
 
 
-def _readouts(folder: Path, card: Card) -> dict[int, Any]:
-    """Return what reads each exit out, by depth, where that is not the model's own head.
-
-    The one place to connect ``offramp.readouts.read_readouts`` to.
-    """
-    own = sorted(depth for depth, kind in card.readouts.items() if kind != "shared")
-    if own and not (folder / READOUTS).is_file():
-        raise OfframpError(f"{folder}: exit {own[0]} has a readout of its own, but no {READOUTS}")
-    return {}
+def _readouts(folder: Path, card: Card) -> dict[int, ExitReadout]:
+    """Return what reads each exit out, by depth, where that is not the model's own head."""
+    named = {depth: kind for depth, kind in card.readouts.items() if kind != "shared"}
+    path = folder / READOUTS
+    if not named and not path.is_file():
+        return {}
+    if not path.is_file():
+        raise OfframpError(
+            f"{folder}: exit {min(named)} has a readout of its own, but no {READOUTS}"
+        )
+    found = read_readouts(path)
+    if {depth: readout.kind for depth, readout in found.items()} != named:
+        raise OfframpError(
+            f"{path} holds the readouts of exits {sorted(found)}, and the card beside it tells of "
+            f"{sorted(named)}, or of others there"
+        )
+    return found

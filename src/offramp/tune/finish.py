@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from offramp.card import READOUTS, Card, write_card
 from offramp.errors import OfframpError
-from offramp.files import write_tensors
+from offramp.readouts import ExitReadout, write_readouts
 from offramp.tune.network import Net
 
 
@@ -29,7 +29,7 @@ def write_tuned(folder: Path, net: Net, adapted: Any, tokenizer: Any, card: Card
         OfframpError: it cannot be written.
     """
     if net.readouts:
-        write_tensors(folder / READOUTS, _readouts(net), {})
+        write_readouts(folder / READOUTS, _readouts(net))
     elif adapted is not None:
         _beside(folder, adapted.save_pretrained)
         (folder / "README.md").unlink(missing_ok=True)  # peft's template, with nothing filled in
@@ -39,12 +39,12 @@ def write_tuned(folder: Path, net: Net, adapted: Any, tokenizer: Any, card: Card
     write_card(folder, card)
 
 
-def _readouts(net: Net) -> dict[str, Any]:
-    """Return the exits' own readouts, named ``depth.kind.part``."""
+def _readouts(net: Net) -> dict[int, ExitReadout]:
+    """Return what the exits own."""
+    assert net.kind != "shared"
     return {
-        f"{depth}.{net.kind}.{name}": tensor.detach().cpu().contiguous()
+        int(depth): ExitReadout(net.kind, dict(module.state_dict()))
         for depth, module in net.readouts.items()
-        for name, tensor in module.state_dict().items()
     }
 
 
