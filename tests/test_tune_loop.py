@@ -19,13 +19,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import offramp
 from offramp import files
 from offramp.errors import OfframpError, UsageError
-from offramp.tune import loop, state
+from offramp.hf.tuned import load_tuned
+from offramp.tune import answers, loop, state
+from offramp.tune.data import read_examples
 from offramp.tune.losses import Losses
 from offramp.tune.network import Net
 from offramp.tune.recipes import Moment, registry
-from offramp.tune.run import tune
+from offramp.tune.report import judge
+from offramp.tune.run import hold_out, tune
 from offramp.tune.settings import Settings
 from tests.conftest import save_tiny
 
@@ -313,3 +317,81 @@ def test_sampled_and_rotated_weights_have_the_mean_of_all(model: Path) -> None:
             assert sums[2] + sums[4] == pytest.approx(0.5)
         else:
             assert sums == pytest.approx(weights, abs=bound + 1e-9)
+
+
+def test_own_answers_are_what_the_model_says_and_survive_a_kill(
+    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted, the rest is asked for; each answer is the one that ``generate`` gives."""
+    loaded = offramp.load(str(model))
+    prompts = [json.loads(line)["prompt"] for line in rows.read_text().splitlines()[:7]]
+    said = loaded.generate(prompts, max_new_tokens=9)
+    asked: dict[str, Any] = {
+        "length": 64,
+        "max_new_tokens": 9,
+        "raw": False,
+        "batch_size": 2,
+        "show": False,
+    }
+    plain, tokens = answers.decode, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        for token in plain(*args, **kwargs):
+            tokens.append(token)
+            if len(tokens) == 30:
+                raise KeyboardInterrupt
+            yield token
+
+    monkeypatch.setattr("offramp.tune.answers.decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        answers.answer(loaded, prompts, tmp_path, {"rows": "ab"}, **asked)
+    kept = (tmp_path / "answers.jsonl").read_text()
+    assert 1 < len(kept.splitlines()) < 8
+    (tmp_path / "answers.jsonl").write_text(kept + '{"prompt": 6, "id')  # cut by the kill
+    monkeypatch.undo()
+    data = answers.answer(loaded, prompts, tmp_path, {"rows": "ab"}, **asked)
+    assert [e.ids[e.first :] for e in data.examples] == [o.token_ids for o in said.outputs]
+    again = answers.answer(loaded, prompts, tmp_path, {"rows": "ab"}, **asked)
+    assert again == data
+    with pytest.raises(OfframpError, match="another max_new_tokens"):
+        answers.answer(loaded, prompts, tmp_path, {}, **(asked | {"max_new_tokens": 8}))
+
+
+@pytest.mark.parametrize("lora_layers", [0, 4])
+def test_adapters_come_out_small_and_open_as_what_was_trained(
+    lora_layers: int, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Only the first layers get some if told so; the opened folder speaks at its exits."""
+    chosen = settings(lora=4, lora_layers=lora_layers, learning_rate=1e-2, epochs=6)
+    tuned = tune(str(model), [str(rows)], chosen, tmp_path / "out")
+    found = weights(tuned.folder)
+    assert all("lora_" in name for name in found)
+    touched = {int(name.split("layers.")[1].split(".")[0]) for name in found}
+    assert touched == set(range(lora_layers or 6))
+    assert all(
+        new["loss"] < old["loss"]
+        for old, new in zip(tuned.before["held out"], tuned.after["held out"], strict=True)
+    )
+    opened = load_tuned(str(tuned.folder))
+    read = read_examples([str(rows)], opened.tokenizer, max_length=64).examples
+    found_again = judge(Net(opened.model, (2, 4)), hold_out(read, chosen)[1], 64, "cpu")
+    for again, reported in zip(found_again, tuned.after["held out"], strict=True):
+        assert again["loss"] == pytest.approx(reported["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["affine", "head", "block"])
+def test_readouts_open_as_what_was_trained(
+    kind: str, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """An exit of the opened folder agrees with the last layer as often as the report says."""
+    chosen = settings("heads", readout=kind, learning_rate=1e-2, epochs=4, held_out=10, raw=True)
+    tuned = tune(str(model), [str(rows)], chosen, tmp_path / "out")
+    plain, opened = offramp.load(str(model)), offramp.load(str(tuned.folder))
+    prompts = ["say cat:", "say mat:"]
+    assert plain.generate(prompts).outputs == opened.generate(prompts).outputs
+    draft = offramp.Plan(run=offramp.Speculate(draft=(0, 1, 2, 3)))
+    drafted = opened.generate(prompts, plan=draft)
+    assert [o.token_ids for o in drafted.outputs] == [
+        o.token_ids for o in plain.generate(prompts).outputs
+    ]
+    assert drafted.figures.work != plain.generate(prompts).figures.work

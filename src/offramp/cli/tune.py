@@ -96,6 +96,23 @@ def tune(
     lora: Annotated[
         int, typer.Option(min=0, help="Train adapters of this rank; 0 trains all weights.")
     ] = 0,
+    lora_layers: Annotated[
+        int, typer.Option(min=0, help="Give only the first N layers adapters; 0: all.")
+    ] = 0,
+    answers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="self|MODEL",
+            help="Learn from answers that the model itself, or another, gives to the data's "
+            "prompts; they are generated first and kept in OUT.",
+        ),
+    ] = None,
+    answer_tokens: Annotated[
+        int, typer.Option(min=1, help="With --answers: most tokens of an answer.")
+    ] = 128,
+    answer_weights: Annotated[
+        o.Weights, typer.Option(help="With --answers: how the one who answers holds its weights.")
+    ] = o.Weights.int8,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="End after so many tokens, whatever --epochs says.")
     ] = None,
@@ -151,6 +168,10 @@ def tune(
         distill=distill,
         teacher=teacher.value,
         lora=lora,
+        lora_layers=lora_layers,
+        answers=answers,
+        answer_tokens=answer_tokens,
+        answer_weights=answer_weights.value,
         learning_rate=learning_rate or (2e-4 if light else 2e-5),
         length=length,
         rows=rows,

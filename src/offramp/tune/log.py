@@ -43,7 +43,8 @@ class Log:
         except OSError as error:
             raise OfframpError(f"cannot write {self._path}: {error.strerror}") from error
         losses = " ".join(f"{depth}:{value:.2f}" for depth, value in line["losses"].items())
-        self._bar.set_postfix_str(f"{line['tokens_per_second']:.0f} tokens/s, loss {losses}")
+        said = f"{line['tokens_per_second']:.0f} tokens/s, loss {losses}"
+        self._bar.set_postfix_str(said, refresh=False)
         self._bar.update()
 
     def close(self) -> None:

@@ -12,15 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from offramp.card import Base, Card, Recipe, read_card
 from offramp.card import Data as CardData
 from offramp.errors import OfframpError, UsageError
 from offramp.files import write_text
+from offramp.hf.adapter import find_layers
 from offramp.hf.backbone import fingerprint
-from offramp.hf.load import load_checkpoint
+from offramp.hf.load import load_checkpoint, quiet
 from offramp.machine import versions
+from offramp.model import load
 from offramp.policy import check_exits
+from offramp.tune.answers import answer
 from offramp.tune.data import Data, Example, read_examples
 from offramp.tune.finish import write_tuned
 from offramp.tune.log import draw, read_log
@@ -28,6 +33,7 @@ from offramp.tune.loop import make_accelerator, train
 from offramp.tune.network import Net
 from offramp.tune.recipes import find
 from offramp.tune.report import draw_reliability, judge
+from offramp.tune.rows import prompts_of, read_rows
 from offramp.tune.settings import Settings
 from offramp.tune.state import Run, clear_state
 
@@ -80,7 +86,13 @@ def tune(
     check_settings(settings)
     if read_card(out) is not None:
         raise OfframpError(f"{out} holds a tuned model already; name another --out")
+    accelerator = make_accelerator(settings)
+    material = None
+    if settings.answers is not None:
+        with accelerator.main_process_first():  # the others then find the answers written
+            material = _answered(name, data, settings, out, limit, skip_bad, trust_remote_code)
     model, tokenizer, shown = load_checkpoint(name, trust_remote_code=trust_remote_code)
+    started_from = fingerprint(model)  # adapters change its parameters' names
     net, adapted = open_net(model, settings)
     read = partial(
         read_examples,
@@ -89,13 +101,13 @@ def tune(
         max_length=settings.length,
         skip_bad=skip_bad,
     )
-    material = read(data, limit=limit)
+    if material is None:
+        material = read(data, limit=limit)
     training, held = hold_out(material.examples, settings)
     judged = {"held out": held} if held else {}
     for source in watch:
         judged[Path(source).name] = read([source]).examples
-    run = Run(settings.model_dump(mode="json"), material.files, fingerprint(model))
-    accelerator = make_accelerator(settings)
+    run = Run(settings.model_dump(mode="json"), material.files, started_from)
     net.to(accelerator.device)
     before = _before(out, run, lambda: _judged(net, judged, settings, accelerator))
     seen = train(net, training, settings, run, out, accelerator, save_every=save_every)
@@ -112,6 +124,35 @@ def tune(
         (out / _BEFORE).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return Tuned(out, card, before, after)
+
+
+def _answered(
+    name: str | None,
+    data: Sequence[str],
+    settings: Settings,
+    out: Path,
+    limit: int | None,
+    skip_bad: bool,
+    trust_remote_code: bool,
+) -> Data:
+    """Return the prompts of the data with answers by a model; opened for that alone."""
+    rows = read_rows(data, answers=False, limit=limit, skip_bad=skip_bad)
+    speaker = load(
+        name if settings.answers == "self" else settings.answers,
+        weights=settings.answer_weights,
+        trust_remote_code=trust_remote_code,
+    )
+    made = answer(
+        speaker,
+        prompts_of(rows.rows),
+        out,
+        rows.files,
+        raw=settings.raw,
+        length=settings.length,
+        max_new_tokens=settings.answer_tokens,
+    )
+    made.skipped |= rows.faults.counts
+    return made
 
 
 def check_settings(settings: Settings) -> None:
@@ -154,13 +195,24 @@ def _with_adapters(model: Any, settings: Settings) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise OfframpError("--lora needs peft: pip install 'offramp[tune]'") from error
+    linear = (nn.Linear, Conv1D)
+    layers = find_layers(model)
     config = LoraConfig(
         r=settings.lora,
         lora_alpha=2 * settings.lora,
-        target_modules="all-linear",
+        target_modules=sorted(
+            {
+                name.rpartition(".")[2]
+                for layer in layers
+                for name, module in layer.named_modules()
+                if isinstance(module, linear)
+            }
+        ),
         task_type="CAUSAL_LM",
+        layers_to_transform=list(range(settings.lora_layers or len(layers))),
     )
-    return get_peft_model(model, config)
+    with quiet():
+        return get_peft_model(model, config)
 
 
 def hold_out(

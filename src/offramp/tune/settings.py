@@ -30,6 +30,8 @@ class Settings(Record):
     """Who is distilled: the model's own last layer, or the model as it was before tuning."""
     lora: Annotated[int, Field(ge=0, le=4096)] = 0
     """Rank of the adapters that are trained in place of all weights; 0 trains all weights."""
+    lora_layers: Annotated[int, Field(ge=0)] = 0
+    """How many of the first layers get adapters; 0 gives all of them some."""
     alpha: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the executed share of layers in the loss of the recipe ``skip``."""
     gate_input: Literal["hidden", "fixed"] = "hidden"
@@ -56,3 +58,9 @@ class Settings(Record):
     """Of the arithmetic; trained weights and their averages are held in fp32."""
     raw: bool = False
     """Do not use the chat template."""
+    answers: str | None = None
+    """Who answers the prompts of the data in place of the data: ``self``, or another model."""
+    answer_tokens: Count = 128
+    """Most tokens of such an answer."""
+    answer_weights: Literal["fp32", "bf16", "int8", "int4"] = "int8"
+    """How the one who answers holds its weights."""
