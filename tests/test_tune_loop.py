@@ -21,6 +21,7 @@ from torch import Tensor
 
 import offramp
 from offramp import files
+from offramp.decode import decode
 from offramp.errors import OfframpError, UsageError
 from offramp.hf.tuned import load_tuned
 from offramp.tune import answers, loop, state
@@ -40,7 +41,7 @@ def settings(recipe: str = "lite", **changes: Any) -> Settings:
     """Return the settings of a run of nine steps."""
     made: dict[str, Any] = {
         "recipe": recipe,
-        "exits": () if recipe == "sft" else (2, 4),
+        "exits": () if recipe in ("sft", "skip") else (2, 4),
         "readout": "block" if recipe == "heads" else "shared",
         "learning_rate": 1e-3,
         "length": 64,
@@ -96,7 +97,10 @@ def test_a_recipe_trains_what_it_says_and_leaves_the_rest(
     tuned = tune(str(model), [str(rows)], settings(recipe, epochs=6), out)
     old, new = tuned.before["held out"], tuned.after["held out"]
     assert [row["depth"] for row in new] == [*tuned.card.exits, 6]
-    if recipe == "heads":
+    if recipe == "gates":
+        assert set(weights(out)) == {"weights", "biases"}
+        assert new == old, "the model is bit for bit what it was"
+    elif recipe == "heads":
         assert set(weights(out)) == set(load_file(out / "readouts.safetensors"))
         assert new[-1] == old[-1], "the full depth is bit for bit what it was"
         assert all(n["agreement"] > o["agreement"] for n, o in zip(new[:-1], old[:-1], strict=True))
@@ -333,7 +337,7 @@ def test_own_answers_are_what_the_model_says_and_survive_a_kill(
         "batch_size": 2,
         "show": False,
     }
-    plain, tokens = answers.decode, []
+    plain, tokens = decode, []
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         for token in plain(*args, **kwargs):
@@ -395,3 +399,34 @@ def test_readouts_open_as_what_was_trained(
         o.token_ids for o in plain.generate(prompts).outputs
     ]
     assert drafted.figures.work != plain.generate(prompts).figures.work
+
+
+def test_gates_learn_when_the_exit_is_right(model: Path, rows: Path, tmp_path: Path) -> None:
+    """Their loss falls below that of not looking, and the file is a check of its model."""
+    chosen = settings("gates", learning_rate=0.05, epochs=10)
+    tuned = tune(str(model), [str(rows)], chosen, tmp_path / "out")
+    lines = [json.loads(line) for line in (tuned.folder / "log.jsonl").read_text().splitlines()]
+    first, last = lines[0]["losses"], lines[-1]["losses"]
+    assert first == pytest.approx({"2": 0.6931, "4": 0.6931}, abs=1e-3)
+    assert all(last[depth] < 0.8 * first[depth] for depth in first)
+    opened = offramp.load(str(tuned.folder))
+    check = offramp.GateFile(file=str(tuned.folder / "gates.safetensors"))
+    run = offramp.Exit(signal="gate", thresholds={2: 0.0, 4: 0.0}, check=check)
+    found = opened.generate("say cat:", plan=offramp.Plan(run=run), max_new_tokens=6)
+    assert set(found.outputs[0].depths[1:]) == {2}
+
+
+@pytest.mark.parametrize("gate_input", ["hidden", "fixed"])
+def test_skip_gates_run_fewer_layers_the_more_they_cost(
+    gate_input: str, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """The executed share falls with its price; it never falls below the two fixed layers."""
+    shares = []
+    for alpha in (0.0, 20.0):
+        chosen = settings("skip", alpha=alpha, gate_input=gate_input, epochs=8)
+        out = tmp_path / str(alpha)
+        tune(str(model), [str(rows)], chosen, out)
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        tail = [line["losses"]["0"] for line in lines[-10:]]
+        shares.append(sum(tail) / len(tail))
+    assert 2 / 6 <= shares[1] < shares[0] - 0.1

@@ -15,7 +15,7 @@ from offramp.checks import Record
 from offramp.errors import OfframpError
 from offramp.files import write_text
 
-CARD, READOUTS = "offramp.json", "readouts.safetensors"
+CARD, READOUTS, GATES = "offramp.json", "readouts.safetensors", "gates.safetensors"
 
 ReadoutKind = Literal["shared", "affine", "head", "block"]
 """What an exit's state passes before it becomes logits.

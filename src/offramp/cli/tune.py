@@ -22,6 +22,8 @@ class RecipeName(StrEnum):
     sorted = "sorted"
     layerskip = "layerskip"
     heads = "heads"
+    gates = "gates"
+    skip = "skip"
 
 
 class ReadoutName(StrEnum):
@@ -48,6 +50,13 @@ class TeacherName(StrEnum):
     base = "base"
 
 
+class GateInput(StrEnum):
+    """What the gates of ``skip`` see."""
+
+    hidden = "hidden"
+    fixed = "fixed"
+
+
 class Precision(StrEnum):
     """Of the arithmetic."""
 
@@ -69,8 +78,9 @@ def tune(
     recipe: Annotated[
         RecipeName,
         typer.Option(
-            help="lite and sorted train all weights to speak at the exits and at the end; heads "
-            "trains a readout per exit and leaves the model alone; sft is the plain baseline."
+            help="lite, sorted and layerskip train all weights to speak at the exits and at the "
+            "end; heads and gates train a readout or a gate per exit and leave the model alone; "
+            "skip trains gates that leave layers out; sft is the plain baseline."
         ),
     ] = RecipeName.lite,
     exits: Annotated[
@@ -113,6 +123,12 @@ def tune(
     answer_weights: Annotated[
         o.Weights, typer.Option(help="With --answers: how the one who answers holds its weights.")
     ] = o.Weights.int8,
+    alpha: Annotated[
+        float, typer.Option(min=0, help="With --recipe skip: price of running every layer.")
+    ] = 1.0,
+    gate_input: Annotated[
+        GateInput, typer.Option(help="With --recipe skip: what gates see; fixed is an ablation.")
+    ] = GateInput.hidden,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="End after so many tokens, whatever --epochs says.")
     ] = None,
@@ -159,7 +175,7 @@ def tune(
     if out is None:
         raise UsageError("name the folder for the tuned model: --out DIR")
     heads = recipe is RecipeName.heads
-    light = bool(lora) or heads
+    light = bool(lora) or heads or recipe is RecipeName.gates
     settings = Settings(
         recipe=recipe.value,
         exits=o.parse_depths(exits) or (),
@@ -169,6 +185,8 @@ def tune(
         teacher=teacher.value,
         lora=lora,
         lora_layers=lora_layers,
+        alpha=alpha,
+        gate_input=gate_input.value,
         answers=answers,
         answer_tokens=answer_tokens,
         answer_weights=answer_weights.value,

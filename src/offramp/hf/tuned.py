@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from offramp.card import CARD, READOUTS, Card, read_card
+from offramp.card import CARD, GATES, READOUTS, Card, read_card
 from offramp.errors import OfframpError
 from offramp.hf.backbone import fingerprint
 from offramp.hf.load import DEFAULT_MODEL, Weights, load_checkpoint, quiet, read_tokenizer
@@ -85,8 +85,8 @@ def _over_base(
 ) -> tuple[PreTrainedModel, Any]:
     """Return the base model, with the folder's adapter merged if there is one, and a tokenizer."""
     adapter = (folder / ADAPTER_CONFIG).is_file()
-    if not adapter and not (folder / READOUTS).is_file():
-        raise OfframpError(f"{folder} holds a card, but no weights, adapter or {READOUTS}")
+    if not adapter and not any((folder / name).is_file() for name in (READOUTS, GATES)):
+        raise OfframpError(f"{folder} holds a card, but no weights, adapter, {READOUTS} or {GATES}")
     base = card.base.name if card else base_of(folder)
     model, tokenizer, _ = load_checkpoint(
         None if base == DEFAULT_MODEL else base,

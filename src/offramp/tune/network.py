@@ -55,6 +55,8 @@ class Net(nn.Module):
         self.readouts = nn.ModuleDict(
             {str(depth): self._own(kind) for depth in exits if kind != "shared"}
         )
+        self.gates = nn.ModuleDict()
+        """Of exits or layers, where the recipe makes some."""
         # A list hides it from ``parameters()``: it is looked at, not trained or saved.
         self._teacher = [] if teacher is None else [Net(teacher.eval().requires_grad_(False), ())]
         self._place = HeadPlace(model, self.adapter) if kind == "head" else None
@@ -73,6 +75,11 @@ class Net(nn.Module):
         if kind == "head":
             return linear(head.detach().clone(), None).requires_grad_()
         return copy.deepcopy(self.adapter.layers[-1])
+
+    @property
+    def width(self) -> int:
+        """Return the width of a state."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
 
     def train_model(self) -> None:
         """Switch the model on: its adapters where it has some, else all of its weights."""

@@ -165,7 +165,7 @@ def check_settings(settings: Settings) -> None:
     own = settings.readout != "shared"
     if (settings.recipe == "heads") != own:
         raise UsageError("--readout affine, head or block goes with --recipe heads, and only there")
-    if settings.recipe != "sft" and not settings.exits:
+    if settings.recipe not in ("sft", "skip") and not settings.exits:
         raise UsageError(f"--recipe {settings.recipe} needs --exits DEPTH,...")
     if own and (settings.lora or settings.distill):
         raise UsageError(
