@@ -278,10 +278,10 @@ def test_what_does_not_go_together_is_refused_before_anything_is_loaded(tmp_path
     nowhere = "no/such/model"
     for wrong, words in (
         (settings("lite", exits=()), "needs --exits"),
-        (settings("lite", readout="block"), "--recipe heads"),
+        (settings("sft", readout="block"), "no --readout block"),
         (settings("heads", lora=4), "neither"),
         (settings("lite", teacher="base"), "--distill"),
-        (settings("heads", readout="shared"), "--recipe heads"),
+        (settings("heads", readout="shared"), "needs --readout"),
     ):
         with pytest.raises(UsageError, match=words):
             tune(nowhere, ["nowhere.jsonl"], wrong, tmp_path / "out")
@@ -381,6 +381,21 @@ def test_adapters_come_out_small_and_open_as_what_was_trained(
     found_again = judge(Net(opened.model, (2, 4)), hold_out(read, chosen)[1], 64, "cpu")
     for again, reported in zip(found_again, tuned.after["held out"], strict=True):
         assert again["loss"] == pytest.approx(reported["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_readouts_may_be_trained_along_with_the_model(
+    lora: int, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """The folder then holds both, and opens with both."""
+    chosen = settings(readout="block", lora=lora, learning_rate=3e-3, epochs=3)
+    tuned = tune(str(model), [str(rows)], chosen, tmp_path / "out")
+    assert all(
+        new["loss"] < old["loss"]
+        for old, new in zip(tuned.before["held out"], tuned.after["held out"], strict=True)
+    )
+    opened = offramp.load(str(tuned.folder))
+    assert dict(opened.backbone.blocks) == {2: 6, 4: 7}
 
 
 @pytest.mark.parametrize("kind", ["affine", "head", "block"])

@@ -88,7 +88,9 @@ def tune(
     ] = None,
     readout: Annotated[
         ReadoutName | None,
-        typer.Option(help="With --recipe heads: what each exit gets; block by default."),
+        typer.Option(
+            help="What reads an exit out; with --recipe heads block by default, else shared."
+        ),
     ] = None,
     each_step: Annotated[
         EachStep,

@@ -32,10 +32,12 @@ def write_tuned(folder: Path, net: Net, adapted: Any, tokenizer: Any, card: Card
     Raises:
         OfframpError: it cannot be written.
     """
+    if net.readouts:
+        write_readouts(folder / READOUTS, _readouts(net))
     if card.recipe.name == "gates":
         _gates(net, card).save(folder / GATES)
-    elif net.readouts:
-        write_readouts(folder / READOUTS, _readouts(net))
+    elif card.recipe.name == "heads":
+        pass  # the model is as it was
     elif adapted is not None:
         _beside(folder, adapted.save_pretrained)
         (folder / "README.md").unlink(missing_ok=True)  # peft's template, with nothing filled in

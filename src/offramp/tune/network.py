@@ -82,7 +82,8 @@ class Net(nn.Module):
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     def train_model(self) -> None:
-        """Switch the model on: its adapters where it has some, else all of its weights."""
+        """Switch on the exits' readouts and the model: its adapters, else all of its weights."""
+        self.readouts.requires_grad_()
         adapters = [p for name, p in self.model.named_parameters() if "lora_" in name]
         for parameter in adapters or list(self.model.parameters()):
             parameter.requires_grad_()

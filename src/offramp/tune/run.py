@@ -163,14 +163,16 @@ def check_settings(settings: Settings) -> None:
     """
     find(settings.recipe)
     own = settings.readout != "shared"
-    if (settings.recipe == "heads") != own:
-        raise UsageError("--readout affine, head or block goes with --recipe heads, and only there")
+    if settings.recipe == "heads" and not own:
+        raise UsageError("--recipe heads needs --readout affine, head or block")
+    if settings.recipe in ("sft", "gates", "skip") and own:
+        raise UsageError(f"--recipe {settings.recipe} trains no --readout {settings.readout}")
     if settings.recipe not in ("sft", "skip") and not settings.exits:
         raise UsageError(f"--recipe {settings.recipe} needs --exits DEPTH,...")
-    if own and (settings.lora or settings.distill):
+    if settings.recipe in ("heads", "gates") and (settings.lora or settings.distill):
         raise UsageError(
-            "--recipe heads trains readouts on the last layer's distribution: it takes neither "
-            "--lora nor --distill"
+            f"--recipe {settings.recipe} leaves the model alone and learns from its last layer: it "
+            "takes neither --lora nor --distill"
         )
     if settings.teacher == "base" and not settings.distill:
         raise UsageError("--teacher says who is distilled: give --distill SHARE, too")
@@ -184,10 +186,10 @@ def open_net(model: Any, settings: Settings) -> tuple[Net, Any]:
         OfframpError: adapters are wanted, but peft is not installed.
     """
     teacher = copy.deepcopy(model) if settings.teacher == "base" else None
-    adapted = _with_adapters(model, settings) if settings.lora else None
     net = Net(model, settings.exits, settings.readout, teacher)
     check_exits(settings.exits, net.num_layers)
-    return net, adapted
+    # Last, and in place: an exit's block starts as a plain copy of the last layer.
+    return net, _with_adapters(model, settings) if settings.lora else None
 
 
 def _with_adapters(model: Any, settings: Settings) -> Any:

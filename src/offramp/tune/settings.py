@@ -20,7 +20,7 @@ class Settings(Record):
     exits: tuple[Count, ...] = ()
     """Depths taught to speak, ascending, without the last layer."""
     readout: ReadoutKind = "shared"
-    """What reads the exits out; other than ``shared`` for the recipe ``heads``."""
+    """What reads the exits out; one of their own is trained along, or alone (``heads``)."""
     each_step: Literal["all", "rotate", "sample"] = "all"
     """Which exits a step trains: all; one in turn, weighted as all together (LayerSkip's rotation);
     or one sub-model drawn at random, the whole model among them (SortedNet)."""
