@@ -1,0 +1,157 @@
+"""Tunes the default model for real, arm by arm, and gathers what each depth learnt.
+
+    python experiments/tuning.py e2e --data ../shared/data --runs runs --out results/tuning_e2e.json
+
+TASK is one of
+
+* general: instruction following on Alpaca (non-commercial licence: the weights stay where they are
+  made). Plain fine-tuning, LITE and SoFT, two million tokens each.
+* e2e: data to text. Plain fine-tuning first; then LITE with half of each exit's loss the last
+  layer's, on that model's own answers to training and synthetic prompts.
+* sst2, ag_news: sentiment and topic in one token. Plain fine-tuning, and LITE with the same budget.
+
+Rows of the narrow tasks are those of ``narrow_data.py``, written to RUNS on the way. Every arm is
+one `offramp tune`, resumable; a second run goes on with what is missing. `narrow.py` then compares
+the narrow models under plans.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from offramp.cli.output import environment
+from offramp.files import write_text
+
+TEXT_BYTES = 60_000
+"""Of WikiText-2's validation text, to see what tuning does to text that is no instruction."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One `offramp tune`: `{data}` and `{runs}` in its options are the folders."""
+
+    name: str
+    options: str
+    start: str | None = None
+    """The arm whose model this one tunes; the default model otherwise."""
+
+
+_GENERAL = (
+    "--data {data}/alpaca_52k/alpaca_data_52k.jsonl.gz --skip-bad --tokens 2000000 --rows 16 "
+    "--rows-at-once 4 --learning-rate 1e-4 --held-out 200 --watch {runs}/text.txt --save-every 10"
+)
+_NARROW = (
+    "--data {runs}/data/{task}/train.jsonl --raw --rows 16 --rows-at-once 16 --length 128 "
+    "--held-out 60 --watch {runs}/data/{task}/dev.jsonl --save-every 20 "
+)
+_CLASSES = _NARROW + "--learning-rate 1e-4 --tokens 400000 "
+
+TASKS: dict[str, list[Arm]] = {
+    "general": [
+        Arm("sft", "--recipe sft --exits 12,18,24 " + _GENERAL),
+        Arm("lite", "--recipe lite --exits 12,18,24 --each-step rotate " + _GENERAL),
+        Arm("sorted", "--recipe sorted --exits 12,18,24 --each-step sample " + _GENERAL),
+    ],
+    "e2e": [
+        Arm("sft", "--recipe sft --epochs 2 --learning-rate 1e-4 " + _NARROW),
+        Arm(
+            "lite",
+            "--recipe lite --exits 12,18 --distill 0.5 --learning-rate 2e-4 --answers self "
+            "--answer-tokens 90 --tokens 550000 " + _NARROW.replace("train", "prompts"),
+            start="sft",
+        ),
+    ],
+    "sst2": [
+        Arm("sft", "--recipe sft " + _CLASSES),
+        Arm("lite", "--recipe lite --exits 6,10,14,18 " + _CLASSES),
+    ],
+    "ag_news": [
+        Arm("sft", "--recipe sft " + _CLASSES),
+        Arm("lite", "--recipe lite --exits 6,10,14,18 " + _CLASSES),
+    ],
+}
+FOLDERS = {"e2e": "e2e_nlg", "sst2": "sst2_and_small_cls", "ag_news": "ag_news"}
+
+
+def main() -> None:
+    """Run what is missing of a task, and write down what came out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
+    parser.add_argument("--runs", type=Path, required=True, help="where models and states go")
+    parser.add_argument("--only", help="one arm")
+    parser.add_argument("--limit", type=int, help="only the first N rows, to try it out")
+    parser.add_argument("--out", type=Path, help="results, JSON")
+    options = parser.parse_args()
+    _prepare(options.task, options.data, options.runs)
+    arms = [arm for arm in TASKS[options.task] if options.only in (None, arm.name)]
+    for arm in arms:
+        folder = options.runs / f"{options.task}-{arm.name}"
+        if not (folder / "offramp.json").is_file():
+            command = _command(arm, options.task, options.data, options.runs)
+            more = ["--limit", str(options.limit)] if options.limit else []
+            subprocess.run([*command, *more, "--out", str(folder)], check=True)
+    rows = {arm.name: _row(options.runs / f"{options.task}-{arm.name}") for arm in arms}
+    result = {
+        "command": f"python experiments/tuning.py {options.task} --data data --runs runs",
+        "arms": {arm.name: f"offramp tune {arm.options}" for arm in arms},
+        **environment(),
+        "rows": rows,
+    }
+    for name, row in rows.items():
+        print(name, json.dumps(row))
+    if options.out:
+        write_text(options.out, json.dumps(result, indent=1) + "\n")
+
+
+def _prepare(task: str, data: Path, runs: Path) -> None:
+    """Write the rows that an arm reads and the data sets do not hold as they are."""
+    if task == "general":
+        text = gzip.decompress((data / "lm_text" / "wikitext2_valid.txt.gz").read_bytes())
+        runs.mkdir(parents=True, exist_ok=True)
+        write_text(runs / "text.txt", text[:TEXT_BYTES].decode("utf-8", "ignore"))
+        return
+    out = runs / "data" / task
+    if not (out / "test.jsonl").is_file():
+        script = Path(__file__).with_name("narrow_data.py")
+        made = [sys.executable, str(script), task, "--data", str(data / FOLDERS[task])]
+        subprocess.run([*made, "--out", str(out)], check=True)
+
+
+def _command(arm: Arm, task: str, data: Path, runs: Path) -> list[str]:
+    start = [] if arm.start is None else [str(runs / f"{task}-{arm.start}")]
+    filled = arm.options.format(data=data, runs=runs, task=task).split()
+    return [sys.executable, "-m", "offramp.cli", "tune", *start, *filled]
+
+
+def _row(folder: Path) -> dict[str, object]:
+    """Return what a finished arm learnt, without the bins of its reliability curves."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    card = json.loads((folder / "offramp.json").read_text(encoding="utf-8"))
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    keys = ("depth", "loss", "agreement", "confidence", "calibration_error")
+    figures = {
+        moment: {
+            name: [{key: round(row[key], 4) for key in keys} for row in rows]
+            for name, rows in report[moment].items()
+        }
+        for moment in ("before", "after")
+    }
+    rates = [line["tokens_per_second"] for line in log]
+    return {
+        "tokens": card["data"]["tokens"],
+        "steps": len(log),
+        "tokens_per_second": round(statistics.median(rates), 1),
+        **figures,
+    }
+
+
+if __name__ == "__main__":
+    main()
