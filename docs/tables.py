@@ -121,6 +121,72 @@ def clock(record: dict[str, Any]) -> str:
     )
 
 
+def tuning(record: dict[str, Any]) -> str:
+    """Return what each depth learnt, arm by arm, on examples kept out of training."""
+    lines = ["| arm | tokens seen | depth | loss before | after | agreement before | after |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    for name, row in record["rows"].items():
+        pairs = zip(row["before"]["held out"], row["after"]["held out"], strict=True)
+        for old, new in pairs:
+            lines.append(
+                f"| {name} | {row['tokens']:,} | {new['depth']} | {old['loss']:.2f} "
+                f"| {new['loss']:.2f} | {old['agreement']:.0%} | {new['agreement']:.0%} |"
+            )
+    commands = "; ".join(f"*{name}*: `{text}`" for name, text in record["arms"].items())
+    return "\n".join(lines) + (
+        "\n\nLoss in nats per token; agreement is with the arm's own last layer, on the text "
+        f"learnt from. Written by `{record['command']}`. {commands}."
+    )
+
+
+def narrow(record: dict[str, Any]) -> str:
+    """Return quality and time of tuned models under plans, beside full-depth fine-tuning."""
+    score = "rouge_l" if record["task"] == "e2e" else "accuracy"
+    lines = [
+        f"| arm | plan | {score.replace('_', '-').replace('rouge-l', 'ROUGE-L')} "
+        "| to the baseline (95%) | layers saved | time to the baseline |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in record["arms"]:
+        gap, times = row["differences"][score], row["clock"]["to_baseline"]["answers"]
+        said = f"{gap['mean']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})"
+        took = f"{times['median']:.2f} ({times['low']:.2f}-{times['high']:.2f})"
+        lines.append(
+            f"| {row['name']} | {row['plan']} | {row[score]:.3f} | {said} "
+            f"| {row['layers_saved']:.0%} | {took} |"
+        )
+    machine = record["machine"]
+    return "\n".join(lines) + (
+        f"\n\n{record['texts']} texts, {record['weights']}, greedy, batch 1 on the clock, "
+        f"{machine['threads']} threads of {machine['processor']}; medians and quartiles of "
+        f"{record['rounds']} rounds over {record['timed_prompts']} prompts in turns. Written by "
+        f"`{record['command']}`."
+    )
+
+
+def train_speed(record: dict[str, Any]) -> str:
+    """Return what a training step costs, contestant by contestant."""
+    lines = ["| step | tokens/s | time to `sft` | time to naive | memory it adds |"]
+    lines.append("|---|---:|---:|---:|---:|")
+    for row in record["rows"]:
+        cells = [row["tokens_per_second"], row["time_to_sft"], row["time_to_naive"]]
+        rate, sft, naive = (_spread(cell, 0 if i == 0 else 2) for i, cell in enumerate(cells))
+        memory = f"{row['peak_bytes'] / 2**30:.2f} GiB"
+        lines.append(f"| {row['name']} | {rate} | {sft} | {naive} | {memory} |")
+    exits = ", ".join(map(str, record["exits"]))
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, exits {exits}, {record['tokens']:,} tokens a step, "
+        f"{record['learnt']:,} of them learnt; {record['machine']['threads']} threads of "
+        f"{record['machine']['processor']}; medians and quartiles of {record['rounds']} rounds in "
+        f"turns. Written by `{record['command']}`."
+    )
+
+
+def _spread(cell: list[float], digits: int) -> str:
+    low, middle, high = cell
+    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
 TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "README.md": {"bench": bench, "costs": costs},
     "docs/clock.md": {"clock": clock},

@@ -64,7 +64,7 @@ TASKS: dict[str, list[Arm]] = {
         Arm(
             "lite",
             "--recipe lite --exits 12,18 --distill 0.5 --learning-rate 2e-4 --answers self "
-            "--answer-tokens 90 --tokens 550000 " + _NARROW.replace("train", "prompts"),
+            "--answer-tokens 90 --tokens 350000 " + _NARROW.replace("train", "prompts"),
             start="sft",
         ),
     ],
