@@ -51,6 +51,9 @@ GRAPH = tuple(f"graph:{name}" for name in ("llama", "gemma2", "qwen3", "phi3", "
 
 BOTH = ("llama", "fast:llama")
 
+Multiplied = list[dict[str, tuple[int, int]]]
+"""What the kernels say: (rows, calls) by kind, per layer."""
+
 AnyBackbone = HFBackbone | FastBackbone | GraphBackbone
 
 # The last path component of the modules that make keys, mix the heads, and end the MLP.
@@ -230,7 +233,7 @@ def _watched(backbone: FastBackbone, rows: Rows) -> Iterator[None]:
 
         setattr(backbone, name, call)
 
-    names = ("run", "fill", "_read")
+    names = ("_run", "fill", "_read")
     try:
         for name in names:
             watch(name)
@@ -240,11 +243,11 @@ def _watched(backbone: FastBackbone, rows: Rows) -> Iterator[None]:
             backbone.__dict__.pop(name, None)
 
 
-def _subtract(later: list[dict[str, int]], earlier: list[dict[str, int]], rows: Rows) -> None:
+def _subtract(later: Multiplied, earlier: Multiplied, rows: Rows) -> None:
     for index, (now, then) in enumerate(zip(later, earlier, strict=True)):
-        for kind, count in now.items():
-            if count > then[kind]:
-                rows.add(kind, index, count - then[kind])
+        for kind, (count, calls) in now.items():
+            for _ in range(calls - then[kind][1]):  # within a call, all have as many rows
+                rows.add(kind, index, (count - then[kind][0]) // (calls - then[kind][1]))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from offramp.backbone import Backbone
 from offramp.batch import Flow, Span, Text
 from offramp.policy import FULL, Policy
 from offramp.probe import Probe, Readout
+from offramp.watch import Watch
 
 KV = Literal["exact", "copy"]
 
@@ -77,19 +79,24 @@ def step(
         counts = [1] * len(texts) if tails is None else list(tails)
         chosen: list[tuple[tuple[int, ...], Probe]] = []  # who left, and what they looked like
         probe: Probe | None = None
-        for start, stop in _segments(path, policy.exits, texts):
-            flow = flow.drain(path[start])
-            flow = Flow(
-                backbone.run(path[start:stop], flow.hidden, flow.spans), flow.spans, flow.members
-            )
-            if stop == len(path):
-                break
+        stop = 0
+        while flow.spans and stop < len(path):
+            flow = flow.drain(path[stop])
             asking = [i for i, m in enumerate(flow.members) if stay is None or not stay[m]]
-            if not asking or stop not in policy.exits:
+            cuts = _cuts(path, stop, policy.exits if asking else (), flow)
+            watch = Watch(policy.bars, look, flow.last(asking), cuts[1:-1])
+            ran = backbone.run_until(
+                [path[a:b] for a, b in pairwise(cuts)], flow.hidden, flow.spans, watch
+            )
+            stop = cuts[ran.segments]
+            flow = Flow(ran.hidden, flow.spans, flow.members)
+            if not asking or stop not in policy.exits or stop == len(path):
                 continue
             asked = flow.select(asking)
             rows = asked.tails([1] * len(asking))
             probe = Probe(stop, len(path), rows, backbone.readout, previous=probe, look=look)
+            if ran.seen is not None:
+                probe.show(ran.seen)
             leaving, staying = _split(policy.leave(probe))
             if leaving:
                 gone = asked.select(leaving)
@@ -98,8 +105,6 @@ def step(
                 left = set(gone.members)
                 flow = flow.select(i for i, member in enumerate(flow.members) if member not in left)
                 probe = probe.take(staying)
-            if not flow.spans:
-                break
         if flow.spans:
             rows = flow.tails([counts[member] for member in flow.members])
             last = Probe(len(path), len(path), rows, head or backbone.readout)
@@ -129,13 +134,11 @@ def _rewind(backbone: Backbone, text: Text) -> None:
         backbone.trim(text.slot, length, first_layer=layer)
 
 
-def _segments(
-    path: Sequence[int], exits: Sequence[int], texts: Sequence[Text]
-) -> list[tuple[int, int]]:
-    """Cut the path at every exit and wherever a token waits to go on."""
-    waiting = {path.index(layer) for text in texts for layer in text.waiting}
-    stops = sorted({*exits, *waiting, len(path)})
-    return list(zip([0, *stops], stops, strict=False))
+def _cuts(path: Sequence[int], start: int, exits: Sequence[int], flow: Flow) -> list[int]:
+    """Cut the path from ``start`` at every exit, up to where a token waits to go on, or its end."""
+    waiting = [path.index(layer) for span in flow.spans for layer in span.text.waiting]
+    end = min(waiting, default=len(path))
+    return [start, *(stop for stop in exits if start < stop < end), end]
 
 
 def _split(leave: Tensor) -> tuple[list[int], list[int]]:

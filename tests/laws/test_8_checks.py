@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,10 +16,12 @@ from offramp.cost import flops, weight_bytes
 from offramp.decode import decode
 from offramp.errors import UnsupportedModelError, UsageError
 from offramp.fast.open import open_fast
+from offramp.fast.pack import Format
+from offramp.gate import Gate, fit_gate
 from offramp.heads import low_rank
 from offramp.hf.open import open_model
 from offramp.plan import Path, execute
-from offramp.policy import Threshold, fixed
+from offramp.policy import Policy, Threshold, fixed
 from offramp.probe import Probe
 from offramp.request import Request
 from offramp.signals import find, score
@@ -75,6 +79,11 @@ def cuts(backbone: Backbone, check: Check, name: str, seed: int = 0) -> Threshol
         cut = (values[middle] + values[max(middle - 1, 0)]).item() / 2
         pairs.append((depth, min(max(cut, find(name).low), find(name).high)))
     return Threshold(name, tuple(pairs))
+
+
+def never(value: float) -> Threshold:
+    """Return a policy that a random model's tokens do not meet."""
+    return Threshold("max_prob", tuple((depth, value) for depth in EXITS))
 
 
 def written(
@@ -214,14 +223,93 @@ def test_what_is_asked_is_what_is_counted(family: str) -> None:
     """One text, no exit taken: a check per token and exit, priced apart from the head."""
     backbone = opened(family)
     [prompt] = texts_of(backbone, [5])
-    never = Threshold("max_prob", tuple((depth, 1.0) for depth in EXITS))
     for check in cheap(backbone):
         before, look = backbone.meter.copy(), check.look(backbone)
         with counted(backbone):
-            list(decode(backbone, [Recorder().request(prompt, 6)], never, look=look))
+            list(decode(backbone, [Recorder().request(prompt, 6)], never(1.0), look=look))
         work = backbone.meter - before
         assert (work.check_passes, work.check_rows) == (5 * len(EXITS), 5 * len(EXITS))
         assert (work.head_passes, work.head_rows) == (6, 6)
+
+
+class Asked:
+    """A policy that no backbone knows: it is asked at every exit, and remembers how often."""
+
+    bars = None
+
+    def __init__(self, policy: Policy) -> None:
+        self.exits, self.policy, self.asked = policy.exits, policy, 0
+
+    def leave(self, probe: Probe) -> Tensor:
+        """Leave as the policy does."""
+        self.asked += 1
+        return self.policy.leave(probe)
+
+
+class Told(Asked):
+    """The same policy, and it says what it is."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy)
+        self.bars = policy.bars  # type: ignore[assignment]
+
+
+def screens(backbone: Backbone) -> list[tuple[Policy, Check]]:
+    """Return every signal that the kernels know, through every head, cut *at* a state's score."""
+    ids = texts_of(backbone, [30, 20])
+    kept = record(backbone, [(text, 1) for text in ids], EXITS, keep_hidden=True)
+    gates = fit_gate(kept)
+    assert kept.hidden is not None
+    pairs = []
+    for check in (FULL_HEAD, *cheap(backbone)):
+        scores = record(backbone, [(text, 1) for text in ids], EXITS, check=check).scores
+        for name in ("max_prob", "margin"):
+            cut = scores[name].sort(0).values[30].tolist()
+            pairs.append((Threshold(name, tuple(zip(EXITS, cut, strict=True))), check))
+    opening = [gates.score(kept.hidden[:, i], depth) for i, depth in enumerate(EXITS)]
+    cut = [scores.sort().values[30].item() for scores in opening]
+    return [*pairs, (Gate(gates, tuple(zip(EXITS, cut, strict=True))), FULL_HEAD)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("form", ["fp32", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+def test_a_screened_exit_is_one_that_was_asked(
+    family: str, form: Format, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit the same tokens, depths, logits and work, and fewer questions."""
+    monkeypatch.setattr("offramp.fast.backbone._WORTH_SHARING", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    backbone = open_fast(generic(family), form)
+    for policy, check in screens(backbone):
+        found, policies = [], (Asked(policy), Told(policy))
+        for one in policies:
+            recorder, before = Recorder(), backbone.meter.copy()
+            prompts = texts_of(backbone, [5, 8, 3], seed=1)
+            requests = [recorder.request(ids, 12) for ids in prompts]
+            with counted(backbone):
+                look = check.look(backbone)
+                tokens = list(decode(backbone, requests, one, look=look, max_waiting=4))
+            found.append((tokens, torch.cat(recorder.logits), backbone.meter - before))
+        (expected, logits, work), (actual, same, again) = found
+        assert len({token.depth for token in expected}) >= 2
+        assert (expected, work) == (actual, again)
+        assert torch.equal(logits, same)
+        assert policies[1].asked < policies[0].asked
+
+
+def test_what_is_no_number_is_shown_to_the_policy() -> None:
+    """It is not certain to stay; and a threshold out of reach is never asked about."""
+    backbone = open_fast(generic("llama"))
+    [ids] = texts_of(backbone, [5])
+    for value, states, asked in ((1.0, 1.0, 0), (math.inf, 1.0, 0), (1.0, math.nan, 5)):
+        text, policy = Text(list(ids), backbone.open()), Told(never(value))
+        step(backbone, [text])
+        text.ids.append(7)
+        backbone.embed = lambda spans, x=states: torch.full((1, 64), x)  # type: ignore[method-assign]
+        step(backbone, [text], policy)
+        del backbone.embed
+        assert policy.asked == min(asked, len(EXITS))
 
 
 @pytest.mark.parametrize("kv", ["exact", "copy"])

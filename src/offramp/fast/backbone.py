@@ -7,7 +7,9 @@ depth share a call and nothing is padded.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,16 +18,17 @@ from torch import Tensor
 from offramp.backbone import Shape
 from offramp.batch import Span
 from offramp.fast.build import kernels, version
+from offramp.fast.exits import Screen, known
 from offramp.fast.heads import CheapHead, low_rank_head, shortlist_head
-from offramp.fast.layout import FP32, INT8, MatrixStruct, RowsStruct
+from offramp.fast.layout import FP32, INT8, MatrixStruct, RowsStruct, WatchStruct
 from offramp.fast.pack import Format
 from offramp.fast.rotary import Rotary
 from offramp.fast.slots import Sizes, Slot
 from offramp.fast.weights import Taken
 from offramp.meter import Meter
 from offramp.probe import Readout
+from offramp.watch import Ran, Watch
 
-_Run = Callable[..., int]
 _WORTH_SHARING = 200_000
 
 
@@ -55,8 +58,10 @@ class FastBackbone:
         self._table = model.get_input_embeddings().weight.detach().float().numpy()
         self._embedding_scale = embedding_scale
         self._library = kernels()
-        self._cheap: dict[Hashable, CheapHead] = {}
+        self._cheap: dict[Hashable, _Reading] = {}
+        self._screen: Screen | None = None
         struct = taken.struct
+        self._head = CheapHead(None, struct.head, shape.head_weights, [])
         int8 = weights in ("int8", "int4")  # keys and values are held as roughly as the weights
         struct.kv_format = INT8 if int8 else FP32
         self._sizes = Sizes(shape.num_layers, struct.kv_heads, struct.head_size, int8)
@@ -81,95 +86,143 @@ class FastBackbone:
 
     def run(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> Tensor:
         """Run ``hidden [N, D]`` through ``layers`` in order, appending keys and values."""
+        return self._run((layers,), hidden, spans, None).hidden
+
+    def run_until(
+        self,
+        segments: Sequence[Sequence[int]],
+        hidden: Tensor,
+        spans: Sequence[Span],
+        watch: Watch,
+    ) -> Ran:
+        """Run segments up to an exit at which some row may leave."""
+        screen = self._screened(watch) if len(segments) > 1 else None
+        if screen is None:
+            return self._run(segments[:1], hidden, spans, None)
+        ran = self._run(segments, hidden, spans, screen.point(watch.rows, watch.exits))
+        stopped = ran.segments < len(segments)
+        if screen.reads:
+            count = self.meter.read if screen.head is self._head else self.meter.checked
+            for _ in range(ran.segments - (not stopped)):
+                count(len(watch.rows))
+            return Ran(ran.hidden, ran.segments, screen.seen.clone() if stopped else None)
+        return ran
+
+    def _screened(self, watch: Watch) -> Screen | None:
+        """Return what tells the kernels of this policy and check; the last one is kept."""
+        if watch.bars is None or not known(watch.bars):
+            return None
+        if watch.look is None:
+            head = self._head
+        elif isinstance(watch.look, _Reading) and watch.look.backbone is self:
+            head = watch.look.head
+        else:
+            return None
+        kept = self._screen
+        if kept is None or kept.bars is not watch.bars or kept.head is not head:
+            kept = self._screen = Screen(watch.bars, head)
+        return kept
+
+    def _run(
+        self,
+        segments: Sequence[Sequence[int]],
+        hidden: Tensor,
+        spans: Sequence[Span],
+        watch: WatchStruct | None,
+    ) -> Ran:
+        layers = [layer for segment in segments for layer in segment]
+        stops = list(accumulate(map(len, segments)))
         rows = hidden.clone(memory_format=torch.contiguous_format)  # changed in place
-        self._call(self._library.offramp_run, layers, rows, spans)
-        self.meter.ran(len(layers), spans)
-        return rows
+        self._reserve(layers, spans)
+        done = self._library.offramp_run(
+            self._taken.struct,
+            (ctypes.c_int32 * len(layers))(*layers),
+            (ctypes.c_int32 * len(stops))(*stops),
+            len(stops),
+            rows.data_ptr(),
+            _rows(spans),
+            watch,
+            _threads(len(hidden) * self.shape.layer_weights),
+        )
+        _check(done == 0)
+        _appended(layers[: stops[done - 1]], spans)
+        self.meter.ran(stops[done - 1], spans)
+        return Ran(rows, done)
 
     def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:
         """Append the keys and values that ``layers`` would compute if their input were ``hidden``.
 
         Only the norm and the key and value projections run.
         """
-        self._call(self._library.offramp_fill, layers, hidden.contiguous(), spans)
+        self._reserve(layers, spans)
+        rows = hidden.contiguous()
+        status = self._library.offramp_fill(
+            self._taken.struct,
+            (ctypes.c_int32 * len(layers))(*layers),
+            len(layers),
+            rows.data_ptr(),
+            _rows(spans),
+            _threads(len(hidden) * self.shape.layer_weights),
+        )
+        _check(status)
+        _appended(layers, spans)
         self.meter.filled(len(layers), len(hidden))
 
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
         """Return logits ``[N, V]`` of states ``[N, D]``; every depth shares norm and head."""
         self.meter.read(len(hidden))
-        return self._read(None, self._taken.struct.head, self.shape.head_weights, hidden)
+        return self._read(self._head, hidden)
 
     def shortlist(self, tokens: Tensor) -> Readout:
         """Return a readout of these vocabulary entries alone: logits ``[N, len(tokens)]``."""
         key = tuple(tokens.tolist())
         if key not in self._cheap:
             head = self.model.get_output_embeddings()
-            self._cheap[key] = shortlist_head(head, tokens, self._format)
-        return self._reading(self._cheap[key])
+            self._cheap[key] = _Reading(self, shortlist_head(head, tokens, self._format))
+        return self._cheap[key]
 
     def low_rank(self, rank: int) -> Readout:
         """Return a readout by the head's best approximation of this rank: logits ``[N, V]``."""
         if rank not in self._cheap:
             head = self.model.get_output_embeddings()
-            self._cheap[rank] = low_rank_head(head, self._taken.gains, rank, self._format)
-        return self._reading(self._cheap[rank])
+            made = low_rank_head(head, self._taken.gains, rank, self._format)
+            self._cheap[rank] = _Reading(self, made)
+        return self._cheap[rank]
 
-    def _reading(self, cheap: CheapHead) -> Readout:
-        def readout(hidden: Tensor, _depth: int) -> Tensor:
-            self.meter.checked(len(hidden))
-            return self._read(cheap.down, cheap.head, cheap.weights, hidden)
+    def check(self, head: CheapHead, hidden: Tensor) -> Tensor:
+        """Return logits ``[N, outputs]`` of states ``[N, D]`` by a cheap head."""
+        self.meter.checked(len(hidden))
+        return self._read(head, hidden)
 
-        return readout
-
-    def _read(
-        self, down: MatrixStruct | None, head: MatrixStruct, weights: int, hidden: Tensor
-    ) -> Tensor:
-        """Return logits ``[N, outputs]`` of one head, of one matrix or two."""
+    def _read(self, head: CheapHead, hidden: Tensor) -> Tensor:
         hidden = hidden.contiguous()
-        logits = torch.empty(len(hidden), head.outputs)
+        logits = torch.empty(len(hidden), head.head.outputs)
         status = self._library.offramp_readout(
             self._taken.struct,
-            down,
-            head,
+            head.down,
+            head.head,
             hidden.data_ptr(),
             len(hidden),
             logits.data_ptr(),
-            _threads(len(hidden) * weights),
+            _threads(len(hidden) * head.weights),
         )
         _check(status)
         return logits
 
-    def multiplied(self) -> list[dict[str, int]]:
-        """Return, per layer, the rows that each kind of matrix has multiplied so far.
+    def multiplied(self) -> list[dict[str, tuple[int, int]]]:
+        """Return, per layer, the (rows, calls) that each kind of matrix has multiplied so far.
 
         Counted by the kernels themselves; the last entry is of the vocabulary head and its cheap
         stand-ins.
         """
         kinds = {"key": "qkv", "output": "output", "mlp": "down"}
         counts = [
-            {kind: getattr(layer, name).rows for kind, name in kinds.items()}
+            {kind: _multiplied(getattr(layer, name)) for kind, name in kinds.items()}
             for layer in self._taken.layers
         ]
-        checks = sum(cheap.head.rows for cheap in self._cheap.values())
-        return [*counts, {"head": self._taken.struct.head.rows, "check": checks}]
-
-    def _call(
-        self, function: _Run, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]
-    ) -> None:
-        self._reserve(layers, spans)
-        indices = (ctypes.c_int32 * len(layers))(*layers)
-        status = function(
-            self._taken.struct,
-            indices,
-            len(layers),
-            hidden.data_ptr(),
-            _rows(spans),
-            _threads(len(hidden) * self.shape.layer_weights),
-        )
-        _check(status)
-        for span in spans:
-            for layer in layers:
-                span.text.slot.lengths[layer] = span.stop
+        cheap = [_multiplied(reading.head.head) for reading in self._cheap.values()]
+        checks = sum(rows for rows, _ in cheap), sum(calls for _, calls in cheap)
+        return [*counts, {"head": _multiplied(self._head.head), "check": checks}]
 
     def _reserve(self, layers: Sequence[int], spans: Sequence[Span]) -> None:
         for span in spans:
@@ -178,6 +231,27 @@ class FastBackbone:
                 assert slot.lengths[layer] == span.start, "a layer was run out of turn"
             slot.reserve(span.stop)
         self._rotary.reserve(max(span.stop for span in spans), self._taken.layers)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Reading:
+    """A cheap head as a :data:`~offramp.probe.Readout`, which its backbone knows again."""
+
+    backbone: FastBackbone
+    head: CheapHead
+
+    def __call__(self, hidden: Tensor, _depth: int) -> Tensor:
+        return self.backbone.check(self.head, hidden)
+
+
+def _multiplied(matrix: MatrixStruct) -> tuple[int, int]:
+    return matrix.rows, matrix.calls
+
+
+def _appended(layers: Sequence[int], spans: Sequence[Span]) -> None:
+    for span in spans:
+        for layer in layers:
+            span.text.slot.lengths[layer] = span.stop
 
 
 def _rows(spans: Sequence[Span]) -> RowsStruct:
