@@ -302,14 +302,15 @@ def test_what_is_no_number_is_shown_to_the_policy() -> None:
     """It is not certain to stay; and a threshold out of reach is never asked about."""
     backbone = open_fast(generic("llama"))
     [ids] = texts_of(backbone, [5])
-    for value, states, asked in ((1.0, 1.0, 0), (math.inf, 1.0, 0), (1.0, math.nan, 5)):
+    for value, states, asked in ((1.0, 1.0, 0), (math.inf, 1.0, 0), (1.0, math.nan, len(EXITS))):
         text, policy = Text(list(ids), backbone.open()), Told(never(value))
         step(backbone, [text])
         text.ids.append(7)
-        backbone.embed = lambda spans, x=states: torch.full((1, 64), x)  # type: ignore[method-assign]
-        step(backbone, [text], policy)
-        del backbone.embed
-        assert policy.asked == min(asked, len(EXITS))
+        with pytest.MonkeyPatch.context() as patch:
+            row = torch.full((1, backbone.shape.hidden_size), states)
+            patch.setattr(backbone, "embed", lambda _spans, row=row: row)
+            step(backbone, [text], policy)
+        assert policy.asked == asked
 
 
 @pytest.mark.parametrize("kv", ["exact", "copy"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -21,15 +22,17 @@ from offramp.fast.build import kernels, version
 from offramp.fast.exits import Screen, known
 from offramp.fast.heads import CheapHead, low_rank_head, shortlist_head
 from offramp.fast.layout import FP32, INT8, MatrixStruct, RowsStruct, WatchStruct
+from offramp.fast.memory import Arena
 from offramp.fast.pack import Format
 from offramp.fast.rotary import Rotary
 from offramp.fast.slots import Sizes, Slot
 from offramp.fast.weights import Taken
 from offramp.meter import Meter
 from offramp.probe import Readout
-from offramp.watch import Ran, Watch
+from offramp.watch import Bars, Ran, Watch
 
 _WORTH_SHARING = 200_000
+_SCREENS = 16
 
 
 class FastBackbone:
@@ -59,7 +62,8 @@ class FastBackbone:
         self._embedding_scale = embedding_scale
         self._library = kernels()
         self._cheap: dict[Hashable, _Reading] = {}
-        self._screen: Screen | None = None
+        self._arena = Arena()
+        self._screen = lru_cache(_SCREENS)(self._screened)
         struct = taken.struct
         self._head = CheapHead(None, struct.head, shape.head_weights, [])
         int8 = weights in ("int8", "int4")  # keys and values are held as roughly as the weights
@@ -96,32 +100,29 @@ class FastBackbone:
         watch: Watch,
     ) -> Ran:
         """Run segments up to an exit at which some row may leave."""
-        screen = self._screened(watch) if len(segments) > 1 else None
+        screen = self._screen(watch.bars, watch.look) if len(segments) > 1 else None
         if screen is None:
             return self._run(segments[:1], hidden, spans, None)
-        ran = self._run(segments, hidden, spans, screen.point(watch.rows, watch.exits))
+        ran = self._run(segments, hidden, spans, screen.point(watch))
         stopped = ran.segments < len(segments)
-        if screen.reads:
-            count = self.meter.read if screen.head is self._head else self.meter.checked
-            for _ in range(ran.segments - (not stopped)):
-                count(len(watch.rows))
-            return Ran(ran.hidden, ran.segments, screen.seen.clone() if stopped else None)
-        return ran
+        if screen.head is None:
+            return ran
+        count = self.meter.read if screen.head is self._head else self.meter.checked
+        for _ in range(ran.segments - (not stopped)):
+            count(len(watch.rows))
+        return Ran(ran.hidden, ran.segments, screen.seen.clone()) if stopped else ran
 
-    def _screened(self, watch: Watch) -> Screen | None:
-        """Return what tells the kernels of this policy and check; the last one is kept."""
-        if watch.bars is None or not known(watch.bars):
+    def _screened(self, bars: Bars | None, look: Readout | None) -> Screen | None:
+        """Return what tells the kernels of this policy and check, if they know both."""
+        if bars is None or not known(bars):
             return None
-        if watch.look is None:
-            head = self._head
-        elif isinstance(watch.look, _Reading) and watch.look.backbone is self:
-            head = watch.look.head
-        else:
-            return None
-        kept = self._screen
-        if kept is None or kept.bars is not watch.bars or kept.head is not head:
-            kept = self._screen = Screen(watch.bars, head)
-        return kept
+        if bars.gates is not None:
+            return Screen(bars, None)
+        if look is None:
+            return Screen(bars, self._head)
+        if isinstance(look, _Reading) and look.backbone is self:
+            return Screen(bars, look.head)
+        return None
 
     def _run(
         self,
@@ -178,14 +179,16 @@ class FastBackbone:
         key = tuple(tokens.tolist())
         if key not in self._cheap:
             head = self.model.get_output_embeddings()
-            self._cheap[key] = _Reading(self, shortlist_head(head, tokens, self._format))
+            self._cheap[key] = _Reading(
+                self, shortlist_head(head, tokens, self._format, self._arena)
+            )
         return self._cheap[key]
 
     def low_rank(self, rank: int) -> Readout:
         """Return a readout by the head's best approximation of this rank: logits ``[N, V]``."""
         if rank not in self._cheap:
             head = self.model.get_output_embeddings()
-            made = low_rank_head(head, self._taken.gains, rank, self._format)
+            made = low_rank_head(head, self._taken.gains, rank, self._format, self._arena)
             self._cheap[rank] = _Reading(self, made)
         return self._cheap[rank]
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from offramp.fast.layout import MatrixStruct
+from offramp.fast.memory import Arena
 from offramp.fast.pack import LANES, Format, pack
 from offramp.heads import low_rank
 
 
-@dataclass
+@dataclass(eq=False)
 class CheapHead:
     """One matrix, or two in sequence, and what must stay in memory for them."""
 
@@ -23,33 +24,43 @@ class CheapHead:
     kept: list[Tensor]
 
 
-def shortlist_head(head: nn.Linear, tokens: Tensor, form: Format) -> CheapHead:
+def shortlist_head(head: nn.Linear, tokens: Tensor, form: Format, arena: Arena) -> CheapHead:
     """Return these entries of the head."""
     weight = head.weight.detach()[tokens]
-    kept: list[Tensor] = []
+    made = _Packer(form, arena)
     bias = None if head.bias is None else head.bias.detach()[tokens]
-    return CheapHead(None, _packed(weight, bias, form, kept), weight.numel(), kept)
+    return CheapHead(None, made.packed(weight, bias), weight.numel(), made.kept)
 
 
-def low_rank_head(head: nn.Linear, gains: Tensor, rank: int, form: Format) -> CheapHead:
+def low_rank_head(
+    head: nn.Linear, gains: Tensor, rank: int, form: Format, arena: Arena
+) -> CheapHead:
     """Return the head's best approximation of this rank for states of a norm with these gains."""
     up, down = low_rank(head.weight.detach(), gains, rank)
-    kept: list[Tensor] = []
+    made = _Packer(form, arena)
     bias = None if head.bias is None else head.bias.detach()
-    structs = (_packed(down, None, form, kept), _packed(up, bias, form, kept))
-    return CheapHead(*structs, up.numel() + down.numel(), kept)
+    structs = (made.packed(down, None), made.packed(up, bias))
+    return CheapHead(*structs, up.numel() + down.numel(), made.kept)
 
 
-def _packed(weight: Tensor, bias: Tensor | None, form: Format, kept: list[Tensor]) -> MatrixStruct:
-    packed = pack(weight, form)
-    kept.append(packed.data)
-    struct = MatrixStruct(
-        weights=packed.data.data_ptr(),
-        format=packed.format,
-        outputs=packed.outputs,
-        inputs=packed.inputs,
-    )
-    if bias is not None:
-        kept.append(torch.cat((bias.float(), bias.new_zeros(LANES).float())))  # whole vectors
-        struct.bias = kept[-1].data_ptr()
-    return struct
+class _Packer:
+    def __init__(self, form: Format, arena: Arena) -> None:
+        self.kept: list[Tensor] = []
+        self._form, self._arena = form, arena
+
+    def packed(self, weight: Tensor, bias: Tensor | None) -> MatrixStruct:
+        packed = pack(weight, self._form)
+        struct = MatrixStruct(
+            weights=self._address(packed.data),
+            format=packed.format,
+            outputs=packed.outputs,
+            inputs=packed.inputs,
+        )
+        if bias is not None:
+            spare = bias.new_zeros(LANES)  # the kernels read whole vectors
+            struct.bias = self._address(torch.cat((bias, spare)).float())
+        return struct
+
+    def _address(self, tensor: Tensor) -> int:
+        self.kept.append(self._arena.keep(tensor))
+        return self.kept[-1].data_ptr()

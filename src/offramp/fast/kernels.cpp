@@ -1092,10 +1092,19 @@ float certainty(const float *logits, int64_t count, int signal) {
 
 // The probability that a gate gives a state: logistic, of its widths at root mean square 1.
 float opening(const float *gate, const float *state, int size) {
-    float squares = 0, dot = 0;
-    for (int i = 0; i < size; i++) squares += state[i] * state[i];
-    for (int i = 0; i < size; i++) dot += state[i] * gate[i];
-    return 1.0f / (1.0f + std::exp(-dot / std::sqrt(squares / size + 1e-6f) - gate[size]));
+    Floats squares = {}, dots = {};
+    float square = 0, dot = 0;
+    int i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        squares += load(state + i) * load(state + i);
+        dots += load(state + i) * load(gate + i);
+    }
+    for (; i < size; i++) {
+        square += state[i] * state[i];
+        dot += state[i] * gate[i];
+    }
+    const float scale = 1.0f / std::sqrt((total(squares) + square) / size + 1e-6f);
+    return 1.0f / (1.0f + std::exp(-(total(dots) + dot) * scale - gate[size]));
 }
 
 void scale_logits(const Model &m, float *logits, int64_t count) {
