@@ -48,20 +48,23 @@ class Screen:
     def point(self, watch: Watch) -> WatchStruct:
         """Return what the kernels are to watch for; mostly it is the same as last time."""
         if watch.exits[0] != self._first:
-            self._first = watch.exits[0]
-            index = self._index[self._first]
+            self._first = 0  # until it is true: Ctrl-C may come in between
+            index = self._index[watch.exits[0]]
             self._struct.bars = ctypes.addressof(self._values) + 4 * index
             if self.head is None:
                 self._struct.gates = self._gates[index].data_ptr()
+            self._first = watch.exits[0]
         if watch.rows != self._rows:
             self._ask(watch.rows)
         return self._struct
 
     def _ask(self, rows: tuple[int, ...]) -> None:
+        self._rows = ()
         width = 0 if self.head is None else self.head.head.outputs
-        self._rows, self.seen = rows, torch.empty(len(rows), width)
+        self.seen = torch.empty(len(rows), width)
         self._kept = (ctypes.c_int32 * len(rows))(*rows), (ctypes.c_float * len(rows))()
         asking, scores = self._kept
         self._struct.asking = ctypes.addressof(asking)
         self._struct.scores = ctypes.addressof(scores)
         self._struct.seen, self._struct.count = self.seen.data_ptr(), len(rows)
+        self._rows = rows
