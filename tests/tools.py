@@ -228,7 +228,7 @@ def _watched(backbone: FastBackbone, rows: Rows) -> Iterator[None]:
         def call(*args: Any) -> Any:
             earlier = backbone.multiplied()
             result = inner(*args)
-            _subtract(backbone.multiplied(), earlier, rows)
+            _subtract(backbone.multiplied(), earlier, rows, exits=name == "_run")
             return result
 
         setattr(backbone, name, call)
@@ -243,11 +243,14 @@ def _watched(backbone: FastBackbone, rows: Rows) -> Iterator[None]:
             backbone.__dict__.pop(name, None)
 
 
-def _subtract(later: Multiplied, earlier: Multiplied, rows: Rows) -> None:
+def _subtract(later: Multiplied, earlier: Multiplied, rows: Rows, *, exits: bool) -> None:
+    """Add what a call multiplied: a layer once, and a head once, or once at each exit of a run."""
     for index, (now, then) in enumerate(zip(later, earlier, strict=True)):
         for kind, (count, calls) in now.items():
-            for _ in range(calls - then[kind][1]):  # within a call, all have as many rows
-                rows.add(kind, index, (count - then[kind][0]) // (calls - then[kind][1]))
+            more, looks = count - then[kind][0], calls - then[kind][1]
+            passes = looks if exits and kind in ("head", "check") else min(looks, 1)
+            for _ in range(passes):  # the same rows ask at each
+                rows.add(kind, index, more // passes)
 
 
 @contextmanager

@@ -298,6 +298,21 @@ def test_a_screened_exit_is_one_that_was_asked(
         assert policies[1].asked < policies[0].asked
 
 
+@pytest.mark.parametrize("rows", [250, 300])
+def test_a_prompt_that_leaves_is_asked_as_well_however_long(rows: int) -> None:
+    """More rows than go through the kernels together, too."""
+    backbone = open_fast(generic("llama"))
+    [ids] = texts_of(backbone, [rows], seed=3)
+    for policy, check in screens(backbone):
+        found = []
+        for one in (Asked(policy), Told(policy)):
+            text, before = Text(list(ids), backbone.open()), backbone.meter.copy()
+            with counted(backbone):
+                out = step(backbone, [text], one, look=check.look(backbone))
+            found.append((out.depths, out.logits.tolist(), backbone.meter - before))
+        assert found[0] == found[1]
+
+
 def test_what_is_no_number_is_shown_to_the_policy() -> None:
     """It is not certain to stay; and a threshold out of reach is never asked about."""
     backbone = open_fast(generic("llama"))

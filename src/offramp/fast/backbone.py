@@ -21,7 +21,7 @@ from offramp.batch import Span
 from offramp.fast.build import kernels, version
 from offramp.fast.exits import Screen, known
 from offramp.fast.heads import CheapHead, low_rank_head, shortlist_head
-from offramp.fast.layout import FP32, INT8, MatrixStruct, RowsStruct, WatchStruct
+from offramp.fast.layout import CHUNK, FP32, INT8, MatrixStruct, RowsStruct, WatchStruct
 from offramp.fast.memory import Arena
 from offramp.fast.pack import Format
 from offramp.fast.rotary import Rotary
@@ -100,7 +100,8 @@ class FastBackbone:
         watch: Watch,
     ) -> Ran:
         """Run segments up to an exit at which some row may leave."""
-        screen = self._screen(watch.bars, watch.look) if len(segments) > 1 else None
+        several = len(segments) > 1 and len(hidden) <= CHUNK
+        screen = self._screen(watch.bars, watch.look) if several else None
         if screen is None:
             return self._run(segments[:1], hidden, spans, None)
         ran = self._run(segments, hidden, spans, screen.point(watch))

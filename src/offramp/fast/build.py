@@ -14,6 +14,7 @@ from pathlib import Path
 
 from offramp.errors import OfframpError
 from offramp.fast.layout import (
+    CHUNK,
     LayerStruct,
     MatrixStruct,
     ModelStruct,
@@ -101,9 +102,10 @@ def _processor() -> str:
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """Give the functions their types, and check that both sides agree on the structures."""
     kinds = (MatrixStruct, LayerStruct, ModelStruct, TextStruct, WatchStruct)
-    sizes = (ctypes.c_int32 * len(kinds))()
+    expected = [*map(ctypes.sizeof, kinds), CHUNK]
+    sizes = (ctypes.c_int32 * len(expected))()
     library.offramp_sizes(sizes)
-    if list(sizes) != [ctypes.sizeof(kind) for kind in kinds]:
+    if list(sizes) != expected:
         raise UnavailableError("the fast kernels were compiled with another structure layout")
     model, rows = ctypes.POINTER(ModelStruct), ctypes.POINTER(RowsStruct)
     numbers, count = ctypes.c_void_p, ctypes.c_int32

@@ -1178,21 +1178,20 @@ Rows rows_from(const Rows &rows, int start) {
 extern "C" {
 
 // Runs hidden [N, D] through the layers in order, in place: segments, each up to its stop. Between
-// two it goes on only where no asking row can leave (watch may be null for one segment). Returns
-// how many segments ran, or 0: no memory. More rows than a chunk run the first alone.
+// two it goes on only where no asking row can leave (one segment needs no watch, and more need the
+// rows to fit into a chunk). Returns how many segments ran, or 0: no memory.
 int32_t offramp_run(const Model *m, const int32_t *layers, const int32_t *stops, int32_t segments,
                     float *hidden, const Rows *rows, const Watch *watch, int32_t threads) {
     Barrier meeting;
     Buffers b;
     b.barrier = &meeting;
     if (!allocate_layers(*m, *rows, std::min(rows->count, CHUNK), threads, b)) return 0;
-    const int most = rows->count > CHUNK ? 1 : segments;
     int ran = 0;
 #pragma omp parallel num_threads(threads)
     for (int start = 0; start < rows->count; start += CHUNK) {
         float *states = hidden + int64_t(start) * m->hidden;
         int done = 0;
-        for (int i = 0; done < most; done++) {
+        for (int i = 0; done < segments; done++) {
             if (done > 0 && may_leave(*m, *watch, done - 1, states, b)) break;
             for (; i < stops[done]; i++) run_layer(*m, layers[i], rows_from(*rows, start), states, b);
         }
@@ -1239,12 +1238,14 @@ int32_t offramp_readout(const Model *m, Matrix *down, Matrix *head, const float 
     return 0;
 }
 
-// Sizes of Matrix, Layer, Model, Text and Watch: the caller's mirrors must agree.
+// Sizes of Matrix, Layer, Model, Text and Watch, and the rows of a chunk: the caller's mirrors must
+// agree.
 void offramp_sizes(int32_t *sizes) {
     sizes[0] = sizeof(Matrix);
     sizes[1] = sizeof(Layer);
     sizes[2] = sizeof(Model);
     sizes[3] = sizeof(Text);
     sizes[4] = sizeof(Watch);
+    sizes[5] = CHUNK;
 }
 }

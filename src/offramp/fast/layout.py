@@ -6,6 +6,8 @@ import ctypes
 from typing import ClassVar
 
 FP32, BF16, INT8, INT4, INT8_FINE = range(5)
+CHUNK = 256
+"""Rows that go through the layers together: more cannot be watched."""
 SIGNALS, GATE = {"max_prob": 0, "margin": 1}, 2
 NO_NORM, PER_HEAD, WHOLE = range(3)
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
