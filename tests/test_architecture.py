@@ -16,11 +16,12 @@ SOURCE = ROOT / "src" / "offramp"
 # Lower knows nothing of higher. Modules in one entry may import each other.
 ORDER = [
     ("errors", "meter", "files", "heads", "machine"),
-    ("batch", "probe", "watch"),
+    ("batch", "probe", "readouts", "watch"),
     ("backbone",),
     ("checks",),
     ("signals",),
     ("policy",),
+    ("exits",),
     ("step",),
     ("timing",),
     ("sample", "paths", "cost"),

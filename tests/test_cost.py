@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import pytest
@@ -96,6 +96,8 @@ class Counting:
         self.shape, self.meter, self.fingerprint = shape, Meter(), ""
         self.name, self.weights, self.build = "counting", "none", ""
         self.token, self.batched, self.ragged = token, batched, False
+        self.blocks: Mapping[int, int] = {}
+        self.apart = frozenset[int]()
 
     def open(self) -> object:
         """Return a slot that holds nothing."""
@@ -273,6 +275,8 @@ def test_rows_are_operations_and_passes_are_bytes(shape: Shape, count: int, chec
         "head_passes": (0, shape.head_weights),
         "check_passes": (0, check),
         "fill_passes": (0, shape.fill_weights),
+        "map_rows": (2 * shape.hidden_size**2, 0),
+        "map_passes": (0, shape.hidden_size**2),
         "drafted": (0, 0),
         "accepted": (0, 0),
     }
@@ -280,7 +284,10 @@ def test_rows_are_operations_and_passes_are_bytes(shape: Shape, count: int, chec
     for name, (operations, weights) in prices.items():
         work = Meter()
         setattr(work, name, count)
-        size = shape.head_bytes_per_weight if name == "head_passes" else shape.bytes_per_weight
+        size = {
+            "head_passes": shape.head_bytes_per_weight,
+            "map_passes": shape.map_bytes_per_weight,
+        }.get(name, shape.bytes_per_weight)
         expected = (count * operations, count * weights * size)
         assert expected == (flops(work, shape, check), weight_bytes(work, shape, check))
 
@@ -445,7 +452,7 @@ def test_figures_have_the_shared_names() -> None:
         *("predicted_seconds", "predicted_ratio"),
     }
     counters = {"drafted", "accepted", "head_passes", "fill_passes", "attended"}
-    counters |= {"check_passes", "check_rows"}
+    counters |= {"check_passes", "check_rows", "map_passes", "map_rows"}
     work = full_depth([(3, 2)], PUBLISHED["SmolLM2-135M"], 1)
     assert shared | counters == set(figures(work, work, [30, 30]).as_dict())
 

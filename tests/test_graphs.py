@@ -268,6 +268,6 @@ def test_packed_weights_stay_on_the_cpu(
 ) -> None:
     """They are for the kernels; said before a model loads."""
     monkeypatch.setattr("offramp.model._checked_device", torch.device)
-    monkeypatch.setattr("offramp.model.load_checkpoint", None)
+    monkeypatch.setattr("offramp.model.load_tuned", None)
     with pytest.raises(UsageError, match="int4 weights need the fast backbone on a CPU"):
         offramp.load(str(checkpoint), backbone=backbone_name, weights="int4", device="cuda")

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offramp.backbone import Backbone
-from offramp.checks import FULL_HEAD, FullHead, GateFile, LowRank, Shortlist
+from offramp.checks import FULL_HEAD, FullHead, GateFile, LowRank, Shortlist, Tokens
 from offramp.errors import OfframpError, UsageError
 from offramp.plan import Exit, Full, ModelId, Path, Plan, Run, Speculate, read_plan, write_plan
 from offramp.signals import registry
@@ -33,6 +33,9 @@ Keys = Sequence[str | int]
 names = st.text(st.characters(codec="utf-8"), max_size=8)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 paths = st.lists(st.integers(0, 99), max_size=6).map(tuple)
+lists = st.builds(
+    Tokens, tokens=st.sets(st.integers(0, 2**31 - 1), min_size=2, max_size=9).map(sorted).map(tuple)
+)
 runs: dict[str, st.SearchStrategy[Any]] = {
     "full": st.builds(Full),
     "exit": st.builds(
@@ -44,6 +47,7 @@ runs: dict[str, st.SearchStrategy[Any]] = {
         exit_prompt=st.booleans(),
         check=st.builds(FullHead)
         | st.builds(Shortlist, size=st.integers(2, 99))
+        | lists
         | st.builds(LowRank, rank=st.integers(1, 99))
         | st.builds(GateFile, file=names),
     ),
@@ -53,7 +57,7 @@ runs: dict[str, st.SearchStrategy[Any]] = {
     "path": st.builds(
         Path,
         layers=paths,
-        head=st.just(FULL_HEAD) | st.builds(Shortlist, size=st.integers(2, 2**31 - 1)),
+        head=st.just(FULL_HEAD) | st.builds(Shortlist, size=st.integers(2, 2**31 - 1)) | lists,
     ),
 }
 model_ids = st.builds(ModelId, name=names, num_layers=st.integers(), fingerprint=names)
@@ -212,6 +216,14 @@ def test_an_unknown_key_is_named(tmp_path: FilePath, kind: str, keys: Keys) -> N
         ("path", ["run", "layers", 0], ["0", 0.5, None, False, math.nan]),
         ("path", ["run", "head"], [None, "full", {}, {"kind": "low_rank", "rank": 2}]),
         ("path", ["run", "head", "size"], [1, -3, 2**31, 7.0, "7", None, True, math.nan]),
+        (
+            "path",
+            ["run", "head"],
+            [
+                {"kind": "tokens", "tokens": tokens}
+                for tokens in ([], [7], [2, 1], [1, 1], [-1, 2], [1, 2**31], [1, 2.0], "12", None)
+            ],
+        ),
     ],
 )
 def test_a_wrong_value_is_named(

@@ -28,6 +28,7 @@ class Slots:
     def __init__(self) -> None:
         self.shape = SimpleNamespace(context=CONTEXT, num_layers=2)
         self.meter = Meter()
+        self.blocks, self.apart = dict[int, int](), frozenset[int]()
         self.opened: list[object] = []
         self.closed: list[object] = []
         self.most = 0

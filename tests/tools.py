@@ -20,6 +20,8 @@ from offramp.fast.static import StaticSlot
 from offramp.hf.backbone import HFBackbone
 from offramp.hf.open import open_model
 from offramp.meter import Meter
+from offramp.policy import Policy
+from offramp.probe import Probe
 from offramp.request import Request, Token
 from tests.families import build
 
@@ -144,6 +146,28 @@ class Recorder:
         return Request(ids, count, self)
 
 
+class Asked:
+    """A policy that no backbone knows: it is asked at every exit, and remembers how often."""
+
+    bars = None
+
+    def __init__(self, policy: Policy) -> None:
+        self.exits, self.policy, self.asked = policy.exits, policy, 0
+
+    def leave(self, probe: Probe) -> Tensor:
+        """Leave as the policy does."""
+        self.asked += 1
+        return self.policy.leave(probe)
+
+
+class Told(Asked):
+    """The same, and it says what it is: a backbone may pass its exits."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy)
+        self.bars = policy.bars  # type: ignore[assignment]
+
+
 def assert_close(expected: Tensor, actual: Tensor) -> None:
     """Equal in fp32 up to the order of summation: 1e-4 of the largest logit."""
     assert expected.shape == actual.shape
@@ -179,7 +203,7 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
     """Count real rows, by hooks or by the kernels, and hold law 6: the meter is the work."""
     rows, before = Rows(), backbone.meter.copy()
     if isinstance(backbone, FastBackbone):
-        with _watched(backbone, rows):
+        with _watched(backbone, rows), _maps(backbone, rows):
             yield rows
     elif isinstance(backbone, GraphBackbone):
         with _padded(backbone, rows):
@@ -187,7 +211,8 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
     else:
         hooks = list(_hooks(backbone, rows))
         try:
-            yield rows
+            with _maps(backbone, rows):
+                yield rows
         finally:
             for hook in hooks:
                 hook.remove()
@@ -202,6 +227,7 @@ def counted(backbone: AnyBackbone) -> Iterator[Rows]:
     assert rows.calls["output"] == work.tally.layers
     assert rows.calls["head"] == work.tally.heads
     assert rows.calls["check"] == work.tally.checks
+    assert rows.calls["map"] == work.tally.maps
     assert_sums(work)
 
 
@@ -213,6 +239,7 @@ def assert_sums(work: Meter) -> None:
         (work.head_passes, work.head_rows, tally.heads),
         (work.fill_passes, work.fill_rows, tally.fills),
         (work.check_passes, work.check_rows, tally.checks),
+        (work.map_passes, work.map_rows, tally.maps),
     ):
         assert passes == by_rows.total()
         assert rows == sum(count * size for size, count in by_rows.items())
@@ -304,8 +331,23 @@ def _padded(backbone: GraphBackbone, rows: Rows) -> Iterator[None]:
         del backbone.__dict__["run"], backbone.__dict__["fill"]
 
 
+@contextmanager
+def _maps(backbone: HFBackbone | FastBackbone, rows: Rows) -> Iterator[None]:
+    """Count the rows of the affine maps that exits own: modules on either backbone."""
+
+    def mapped(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows.add("map", 0, len(args[0]))
+
+    hooks = [owned.register_forward_pre_hook(mapped) for owned in backbone.own.maps.values()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _hooks(backbone: HFBackbone, rows: Rows) -> Iterator[Any]:
-    for index, layer in enumerate(backbone.adapter.layers):
+    for index, layer in enumerate([*backbone.adapter.layers, *backbone.own.layers]):
         for kind, names in _KINDS.items():
             for module in _ending(layer, names):
 
@@ -322,7 +364,8 @@ def _hooks(backbone: HFBackbone, rows: Rows) -> Iterator[Any]:
     def check(_m: nn.Module, args: tuple[Tensor, ...]) -> None:
         rows.add("check", 0, args[0][..., 0].numel())
 
-    yield backbone.model.get_output_embeddings().register_forward_pre_hook(head)
+    for one in (backbone.model.get_output_embeddings(), *backbone.own.heads.values()):
+        yield one.register_forward_pre_hook(head)
     for cheap in backbone.cheap.values():  # those made inside a count would be missed: make first
         yield cheap.register_forward_pre_hook(check)
 

@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offramp.checks import GateFile, LowRank, Shortlist
+    from offramp.checks import GateFile, LowRank, Shortlist, Tokens
     from offramp.errors import OfframpError, UnsupportedModelError, UsageError
     from offramp.gate import fit_gate
     from offramp.hf.door import custom_generate
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "checks": ("GateFile", "LowRank", "Shortlist"),
+    "checks": ("GateFile", "LowRank", "Shortlist", "Tokens"),
     "errors": ("OfframpError", "UnsupportedModelError", "UsageError"),
     "gate": ("fit_gate",),
     "hf.door": ("custom_generate",),
@@ -50,6 +50,7 @@ __all__ = [
     "Sampling",
     "Shortlist",
     "Speculate",
+    "Tokens",
     "Trace",
     "UnsupportedModelError",
     "UsageError",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,6 +38,8 @@ class Shape:
     """Bytes of one stored coordinate of a key or value, steps included."""
     head_bytes_per_weight: float
     """The vocabulary head may be held more precisely than the layers."""
+    map_bytes_per_weight: float = 4.0
+    """Of the affine maps that exits own."""
 
 
 class Backbone(Protocol):
@@ -60,6 +62,13 @@ class Backbone(Protocol):
     """Whether they share it when they bring different numbers of rows, too."""
     fingerprint: str
     """Hash of the configuration and weights, by which plans know their model."""
+    blocks: Mapping[int, int]
+    """Exits that own a decoder block, and the index of its layer, L or more, as any other's.
+
+    It holds the positions that passed its exit, so it stands beside the layer before the exit.
+    """
+    apart: frozenset[int]
+    """Exits that own an affine map or a head: no other depth's rows can share their readout."""
 
     def open(self) -> Any:
         """Return a slot for a new text's keys and values."""
@@ -97,7 +106,11 @@ class Backbone(Protocol):
         """
 
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
-        """Return logits ``[N, V]`` of states ``[N, D]`` after ``depth`` layers."""
+        """Return logits ``[N, V]`` of states ``[N, D]`` after ``depth`` layers.
+
+        An affine map or a head that the exit at this depth owns is used; the states of an exit that
+        owns a block are the block's output.
+        """
 
     def shortlist(self, tokens: Tensor) -> Readout:
         """Return a readout of these vocabulary entries alone: logits ``[N, len(tokens)]``.
@@ -109,4 +122,13 @@ class Backbone(Protocol):
         """Return a readout by the head's best approximation of this rank: logits ``[N, V]``."""
 
     def trim(self, slot: Any, length: int, *, first_layer: int = 0) -> None:
-        """Forget positions from ``length`` on in every layer from ``first_layer`` on."""
+        """Forget positions from ``length`` on in every layer from ``first_layer`` on.
+
+        That includes the blocks of exits behind ``first_layer``.
+        """
+
+
+def from_layer(first_layer: int, num_layers: int, blocks: Mapping[int, int]) -> list[int]:
+    """Return the layers from ``first_layer`` on, and the blocks of the exits behind it."""
+    behind = [layer for depth, layer in blocks.items() if depth > first_layer]
+    return [*range(first_layer, num_layers), *behind]

@@ -30,6 +30,8 @@ class Text:
     done: int = 0
     """Tokens that went through the first layer."""
     waiting: dict[int, Tensor] = field(default_factory=dict)
+    blocks: frozenset[int] = frozenset()
+    """Exits whose own blocks hold every token that passed them."""
 
     @property
     def num_waiting(self) -> int:
@@ -99,6 +101,28 @@ class Flow:
         """Return the index of the last row of each of these spans."""
         ends = list(accumulate(len(span) for span in self.spans))
         return tuple(ends[i] - 1 for i in chosen)
+
+    def cut(self, counts: Sequence[int]) -> tuple[Flow, Flow]:
+        """Return the flow without the last ``counts[i]`` rows of each span, and that of those."""
+        if all(len(span) == n for span, n in zip(self.spans, counts, strict=True)):
+            return self.select(()), self
+        before, after = [], []
+        for span, member, rows, n in zip(
+            self.spans, self.members, self.rows(), counts, strict=True
+        ):
+            middle = span.stop - n
+            before.append((rows[: len(rows) - n], Span(span.text, span.start, middle), member))
+            after.append((rows[len(rows) - n :], Span(span.text, middle, span.stop), member))
+        return self._joined(before), self._joined(after)
+
+    def _joined(self, parts: Sequence[tuple[Tensor, Span, int]]) -> Flow:
+        parts = [part for part in parts if len(part[1])]
+        hidden = [rows for rows, _, _ in parts]
+        return Flow(
+            torch.cat(hidden) if hidden else self.hidden[:0],
+            tuple(span for _, span, _ in parts),
+            tuple(member for _, _, member in parts),
+        )
 
     def select(self, chosen: Iterable[int]) -> Flow:
         """Return the flow of the spans with these indices."""

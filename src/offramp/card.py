@@ -15,7 +15,7 @@ from offramp.checks import Record
 from offramp.errors import OfframpError
 from offramp.files import write_text
 
-CARD, READOUTS = "offramp.json", "readouts.safetensors"
+CARD, READOUTS, GATES = "offramp.json", "readouts.safetensors", "gates.safetensors"
 
 ReadoutKind = Literal["shared", "affine", "head", "block"]
 """What an exit's state passes before it becomes logits.
@@ -28,12 +28,15 @@ _MOST_BYTES = 2**24
 
 
 class Base(Record):
-    """The model that the readouts or the adapter belong to."""
+    """The model that was tuned: what the readouts or the adapter are put on.
+
+    Of a whole checkpoint it is what the tuning began from, and is not needed again.
+    """
 
     name: str
     """Hub id, folder or file it was opened by; the default model by its shown name."""
     fingerprint: str
-    """Of the weights the readouts work with: after tuning, where those were tuned too."""
+    """Of the base model's own weights, before an adapter is merged into them."""
 
 
 class Recipe(Record):

@@ -6,19 +6,27 @@ head, which runs once for it then (and was the check itself where the check is f
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from offramp.backbone import Backbone, Shape
-from offramp.errors import UsageError
+from offramp.errors import OfframpError, UsageError
 from offramp.probe import Readout
 
 _MOST = 2**31 - 1
+_MOST_TOKENS = 2**18
+"""Longest list of tokens: about the largest vocabulary there is."""
+_MOST_BYTES = 2**23
+"""Largest file of a list: so many tokens, written out, and much white space."""
 
 
 class Record(BaseModel):
@@ -81,19 +89,53 @@ class Shortlist(Record):
 
     def choose(self, backbone: Backbone, always: Iterable[int]) -> Readout | None:
         """Return a readout to choose tokens by: these entries, and those that must be possible."""
-        extra = sorted({token for token in always if token >= self.size})
-        short = backbone.shortlist(torch.tensor([*range(self.size), *extra]))
-        if not extra:
-            return short
+        return _among(backbone, range(self.size), always)
 
-        def readout(hidden: Tensor, depth: int) -> Tensor:
-            found = short(hidden, depth)
-            logits = found.new_full((len(found), extra[-1] + 1), -math.inf)
-            logits[:, : self.size] = found[:, : self.size]
-            logits[:, extra] = found[:, self.size :]
-            return logits
 
-        return readout
+class Tokens(Record):
+    """Logits of the listed vocabulary entries only: those that a narrow task writes.
+
+    The list stands in the plan itself, so that a plan means the same wherever it is read.
+    """
+
+    kind: Literal["tokens"] = "tokens"
+    tokens: Annotated[
+        tuple[Annotated[int, Field(ge=0, le=_MOST)], ...],
+        Field(min_length=2, max_length=_MOST_TOKENS),
+    ]
+    """Token ids, ascending, each once."""
+
+    @field_validator("tokens")
+    @classmethod
+    def _ascending(cls, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        if any(b <= a for a, b in pairwise(tokens)):
+            raise ValueError("token ids ascend, each once")
+        return tokens
+
+    def __str__(self) -> str:
+        """Return its length and a digest: traces know by it whether two lists are one."""
+        text = " ".join(map(str, self.tokens))
+        return f"tokens:{len(self.tokens)}#{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    def must_fit(self, shape: Shape) -> None:
+        """Refuse tokens outside the vocabulary."""
+        if self.tokens[-1] >= shape.vocab_size:
+            raise UsageError(
+                f"the list holds the token {self.tokens[-1]}, and the vocabulary ends at "
+                f"{shape.vocab_size - 1}: count the tokens with this model's tokenizer"
+            )
+
+    def weights(self, shape: Shape) -> int:
+        """Return the matrix weights that one row multiplies."""
+        return len(self.tokens) * shape.hidden_size
+
+    def look(self, backbone: Backbone) -> Readout | None:
+        """Return the readout of these entries."""
+        return backbone.shortlist(torch.tensor(self.tokens))
+
+    def choose(self, backbone: Backbone, always: Iterable[int]) -> Readout | None:
+        """Return a readout to choose tokens by: these entries, and those that must be possible."""
+        return _among(backbone, self.tokens, always)
 
 
 class LowRank(Record):
@@ -144,43 +186,103 @@ class GateFile(Record):
         return None
 
 
-Check = FullHead | Shortlist | LowRank | GateFile
-Head = FullHead | Shortlist
+Check = FullHead | Shortlist | Tokens | LowRank | GateFile
+Head = FullHead | Shortlist | Tokens
 """What may choose tokens."""
 
 FULL_HEAD = FullHead()
 
 
+def _among(backbone: Backbone, listed: Sequence[int], always: Iterable[int]) -> Readout:
+    """Return a readout of logits ``[N, largest token + 1]``: -inf but for these tokens."""
+    tokens = torch.tensor(sorted({*listed, *always}))
+    short = backbone.shortlist(tokens)
+    width = int(tokens[-1]) + 1
+    if len(tokens) == width:  # an entry's place is its id
+        return short
+
+    def readout(hidden: Tensor, depth: int) -> Tensor:
+        found = short(hidden, depth)
+        logits = found.new_full((len(found), width), -math.inf)
+        return logits.index_copy_(1, tokens.to(found.device), found)
+
+    return readout
+
+
+def read_tokens(path: Path) -> Tokens:
+    """Return the list in a file: a JSON list of token ids, or ids with white space between them.
+
+    Raises:
+        OfframpError: it cannot be read, or holds anything else; repeats and any order are taken.
+    """
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(_MOST_BYTES + 1)
+        return Tokens(tokens=tuple(sorted(set(_numbers(raw)))))
+    except OSError as error:
+        raise OfframpError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise OfframpError(
+            f"{path} is no list of 2 to {_MOST_TOKENS} token ids: write them as a JSON list, or "
+            "with white space between them"
+        ) from error
+
+
+def _numbers(raw: bytes) -> list[int]:
+    """Return the numbers of a JSON list or of words; ValueError for anything else."""
+    if len(raw) > _MOST_BYTES:
+        raise ValueError
+    text = raw.decode()
+    if not text.lstrip().startswith("["):
+        return [int(word) for word in text.split()]
+    found = json.loads(text)
+    if not all(type(one) is int for one in found):  # true is no token, nor is 3.0
+        raise ValueError
+    return list(found)
+
+
 def parse_check(text: str) -> Check:
-    """Return the check that ``full``, ``shortlist:SIZE``, ``low-rank:RANK`` or ``gate:FILE`` names.
+    """Return the check that ``--check`` names: a head's name, ``low-rank:RANK`` or ``gate:FILE``.
 
     Raises:
         UsageError: it names none.
+        OfframpError: a list of tokens cannot be read.
     """
+    kind, _, value = text.partition(":")
+    number = int(value) if value.isascii() and value.isdigit() and len(value) < 10 else 0
+    if kind == "low-rank" and number >= 1:
+        return LowRank(rank=number)
+    if kind == "gate" and value:
+        return GateFile(file=value)
+    found = _head(text)
+    if found is None:
+        raise UsageError(
+            f"--check {text!r}: write full, shortlist:SIZE (2 or more), tokens:FILE, "
+            "low-rank:RANK or gate:FILE"
+        )
+    return found
+
+
+def parse_head(text: str) -> Head:
+    """Return the head that ``full``, ``shortlist:SIZE`` or ``tokens:FILE`` names.
+
+    Raises:
+        UsageError: it names none.
+        OfframpError: a list of tokens cannot be read.
+    """
+    found = _head(text)
+    if found is None:
+        raise UsageError(f"--head {text!r}: write full, shortlist:SIZE (2 or more) or tokens:FILE")
+    return found
+
+
+def _head(text: str) -> Head | None:
     kind, _, value = text.partition(":")
     number = int(value) if value.isascii() and value.isdigit() and len(value) < 10 else 0
     if text == "full":
         return FULL_HEAD
     if kind == "shortlist" and number >= 2:
         return Shortlist(size=number)
-    if kind == "low-rank" and number >= 1:
-        return LowRank(rank=number)
-    if kind == "gate" and value:
-        return GateFile(file=value)
-    raise UsageError(
-        f"--check {text!r}: write full, shortlist:SIZE (2 or more), low-rank:RANK or gate:FILE"
-    )
-
-
-def parse_head(text: str) -> Head:
-    """Return the head that ``full`` or ``shortlist:SIZE`` names.
-
-    Raises:
-        UsageError: it names none.
-    """
-    kind, _, value = text.partition(":")
-    if text == "full":
-        return FULL_HEAD
-    if kind == "shortlist" and value.isascii() and value.isdigit() and 2 <= int(value[:10]) < _MOST:
-        return Shortlist(size=int(value[:10]))
-    raise UsageError(f"--head {text!r}: write full or shortlist:SIZE (2 or more)")
+    if kind == "tokens" and value:
+        return read_tokens(Path(value))
+    return None

@@ -32,6 +32,7 @@ def flops(work: Meter, shape: Shape, check_weights: int = 0) -> float:
         shape.layer_weights * work.layer_tokens
         + shape.head_weights * work.head_rows
         + check_weights * work.check_rows
+        + shape.hidden_size**2 * work.map_rows
         + shape.fill_weights * work.fill_rows
         + 2 * shape.attention_size * work.attended
     )
@@ -45,7 +46,8 @@ def weight_bytes(work: Meter, shape: Shape, check_weights: int = 0) -> float:
     checks = check_weights * work.check_passes
     layers = shape.layer_weights * work.layer_passes + shape.fill_weights * work.fill_passes
     head = shape.head_weights * work.head_passes
-    return shape.bytes_per_weight * (layers + checks) + shape.head_bytes_per_weight * head
+    maps = shape.map_bytes_per_weight * shape.hidden_size**2 * work.map_passes
+    return shape.bytes_per_weight * (layers + checks) + shape.head_bytes_per_weight * head + maps
 
 
 def seconds(
@@ -53,8 +55,8 @@ def seconds(
 ) -> float:
     """Return the predicted time of this work on the machine that was measured.
 
-    A cheap exit check of ``check_weights`` weights takes its part, by bytes, of the head's time; it
-    needs ``shape``.
+    A cheap exit check of ``check_weights`` weights takes its part, by bytes, of the head's time,
+    and so does an exit's affine map; both need ``shape``.
     """
     tally = work.tally
     layers = sum(n * constants.layer_seconds(rows) for rows, n in tally.layers.items())
@@ -68,9 +70,12 @@ def seconds(
     checks = sum(n * constants.head_seconds(rows) for rows, n in tally.checks.items())
     if shape is not None and check_weights:
         checks *= check_in_heads(shape, check_weights)
+    maps = sum(n * constants.head_seconds(rows) for rows, n in tally.maps.items())
+    if shape is not None and maps:
+        maps *= map_in_heads(shape)
     kept = constants.kept_seconds(work.layer_passes / tally.steps) if tally.steps else 0.0
     steps = tally.steps * (constants.step + kept)
-    return layers + attention + heads + checks + fills + steps
+    return layers + attention + heads + checks + maps + fills + steps
 
 
 def full_depth(
@@ -126,6 +131,12 @@ def cheap_check_in_layers(shape: Shape, check_weights: int) -> float:
 def check_in_heads(shape: Shape, check_weights: int) -> float:
     """Return the bytes that a cheap check of so many weights reads, one readout = 1."""
     return cheap_check_in_layers(shape, check_weights) / check_in_layers(shape)
+
+
+def map_in_heads(shape: Shape) -> float:
+    """Return the bytes that an exit's affine map reads, one readout = 1."""
+    head = shape.head_bytes_per_weight * shape.head_weights
+    return shape.map_bytes_per_weight * shape.hidden_size**2 / head
 
 
 def fill_in_layers(shape: Shape) -> float:

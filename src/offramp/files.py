@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offramp.errors import OfframpError
+from offramp.errors import OfframpError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,56 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
                 beside.unlink(missing_ok=True)
     except OSError as error:
         raise OfframpError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a folder beside ``path``, then put it in place.
+
+    Interrupted at any moment, ``path`` is what it was before: not there, or empty.
+
+    Raises:
+        UsageError: something is there already.
+        OfframpError: it cannot be written.
+    """
+    must_be_free(path)
+    beside = path.resolve().with_name(f".{os.getpid()}.part")
+    try:
+        beside.mkdir()
+        try:
+            write(beside)
+            for file in beside.rglob("*"):
+                _sync(file)
+            beside.replace(path.resolve())
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        raise OfframpError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def must_be_free(folder: Path) -> None:
+    """Refuse a place for a new folder where something is.
+
+    Raises:
+        UsageError: it is a file, or a folder that is not empty.
+        OfframpError: it cannot be looked into.
+    """
+    try:
+        taken = next(folder.iterdir(), None) is not None
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        taken = True
+    except OSError as error:
+        raise OfframpError(f"cannot write {folder}: {error.strerror}") from error
+    if taken:
+        raise UsageError(f"{folder} is there already and not empty; name a new folder")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's data is on the disk: a rename before that could leave an empty one."""
+    if path.is_file():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

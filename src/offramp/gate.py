@@ -51,7 +51,7 @@ class GateWeights:
         """Return the probability, ``[S]``, that states ``[S, D]`` after ``depth`` may leave."""
         row = self.exits.index(depth)
         weights, bias = self.weights[row].to(hidden.device), self.biases[row].to(hidden.device)
-        return torch.sigmoid(_normed(hidden) @ weights + bias)
+        return torch.sigmoid(normed(hidden) @ weights + bias)
 
     def must_fit(self, backbone: Backbone) -> None:
         """Refuse another model than the one they were fitted on.
@@ -190,7 +190,7 @@ def fit_gate(trace: Trace, *, l2: float = 0.3) -> GateWeights:
     if not 0 < l2 < math.inf:
         raise UsageError(f"l2 must be positive, not {l2}")
     fitted = [
-        _fit(_normed(trace.hidden[:, column]), trace.agrees[:, column].float(), l2)
+        _fit(normed(trace.hidden[:, column]), trace.agrees[:, column].float(), l2)
         for column in range(len(trace.exits))
     ]
     return GateWeights(
@@ -237,7 +237,7 @@ def _fit(states: Tensor, agrees: Tensor, l2: float) -> tuple[Tensor, Tensor, flo
     return scaled.float(), offset.float(), left
 
 
-def _normed(hidden: Tensor) -> Tensor:
+def normed(hidden: Tensor) -> Tensor:
     """Return states ``[S, D]`` in fp32 with root mean square 1: a gate must not see their scale."""
     states = hidden.float()
     return states * (states.square().mean(-1, keepdim=True) + _EPSILON).rsqrt()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -14,3 +15,9 @@ def processor() -> str:
         return platform.processor() or "unknown"
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that every result carries, by name."""
+    names = ("offramp", "torch", "transformers")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}

@@ -30,6 +30,8 @@ class Tally:
     """Readouts, by their rows."""
     checks: Counter[int] = field(default_factory=Counter)
     """Readouts of a cheap check's head, by their rows."""
+    maps: Counter[int] = field(default_factory=Counter)
+    """Passes of an exit's affine map, by their rows."""
     fills: Counter[int] = field(default_factory=Counter)
     """Passes of a layer only for its keys and values, by their rows."""
     keys: int = 0
@@ -52,7 +54,7 @@ class Meter:
     """
 
     layer_passes: int = 0
-    """Calls of a whole decoder layer."""
+    """Calls of a whole decoder layer, an exit's own block among them."""
     layer_tokens: int = 0
     """Rows through a whole decoder layer."""
     head_passes: int = 0
@@ -63,6 +65,10 @@ class Meter:
     """Calls of a cheap check's head."""
     check_rows: int = 0
     """Rows through a cheap check's head."""
+    map_passes: int = 0
+    """Calls of an affine map that an exit owns."""
+    map_rows: int = 0
+    """Rows through an affine map that an exit owns."""
     fill_passes: int = 0
     """Calls of a layer only for its keys and values (``kv="copy"``)."""
     fill_rows: int = 0
@@ -106,6 +112,12 @@ class Meter:
         self.check_passes += 1
         self.check_rows += rows
         self.tally.checks[rows] += 1
+
+    def mapped(self, rows: int) -> None:
+        """Count one pass of ``rows`` rows through an exit's affine map."""
+        self.map_passes += 1
+        self.map_rows += rows
+        self.tally.maps[rows] += 1
 
     def copy(self) -> Meter:
         """Return the counts as they stand now."""

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
 from offramp.backbone import Backbone
+from offramp.card import Card
 from offramp.cost import Figures, full_depth
 from offramp.errors import OfframpError, UnsupportedModelError, UsageError
 from offramp.fast.build import UnavailableError
 from offramp.fast.open import open_fast, open_graphs
 from offramp.fast.pack import Format
-from offramp.hf.load import GENERIC_FORMATS, load_checkpoint
+from offramp.hf.load import GENERIC_FORMATS
 from offramp.hf.open import open_model
+from offramp.hf.tuned import load_tuned
 from offramp.plan import ModelId, Plan, check_of, execute
+from offramp.readouts import ExitReadout
 from offramp.request import Finish, Request, Token, check_request
 from offramp.sample import Sampling
 from offramp.text import Detokenizer, Prompt, encode
@@ -133,11 +136,20 @@ class Stream:
 class Model:
     """A causal LM that runs only as deep as its plan says. Make one with :func:`load`."""
 
-    def __init__(self, backbone: Backbone, tokenizer: Any, name: str, eos: frozenset[int]) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: Any,
+        name: str,
+        eos: frozenset[int],
+        card: Card | None = None,
+    ) -> None:
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.name = name
         self.eos = eos
+        self.card = card
+        """How it was tuned; None of a model that was not, or not by offramp."""
 
     @property
     def id(self) -> ModelId:
@@ -215,7 +227,8 @@ def load(
     """Load a causal LM and check that it can be run layer by layer.
 
     Args:
-        name: hub id, local folder or GGUF file; SmolLM2-135M-Instruct by default.
+        name: hub id, local folder (a tuned model's, too) or GGUF file; SmolLM2-135M-Instruct by
+            default.
         backbone: "fast" runs Llama-like models, on a CPU by kernels of this library and elsewhere
             by CUDA graphs; "hf" runs any model by its own modules; "auto" is fast where it can be,
             else hf, and logs why.
@@ -235,25 +248,29 @@ def load(
     packed = backbone != "hf" and where.type == "cpu"  # by the kernels, out of full precision
     if not packed and weights not in GENERIC_FORMATS:
         raise UsageError(f"{weights} weights need the fast backbone on a CPU")
-    model, tokenizer, shown = load_checkpoint(
+    tuned = load_tuned(
         name,
         weights="bf16" if weights == "bf16" and not packed else "fp32",
         trust_remote_code=trust_remote_code,
     )
+    model = tuned.model
     try:
         model.to(where)
     except torch.OutOfMemoryError as error:
-        raise OfframpError(f"{shown} does not fit into the memory of {device}") from error
+        raise OfframpError(f"{tuned.name} does not fit into the memory of {device}") from error
     eos = model.generation_config.eos_token_id
     if eos is None:
-        eos = tokenizer.eos_token_id
+        eos = tuned.tokenizer.eos_token_id
     ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return Model(_opened(model, backbone, weights), tokenizer, shown, frozenset(ids))
+    opened = _opened(model, tuned.readouts, backbone, weights)
+    return Model(opened, tuned.tokenizer, tuned.name, frozenset(ids), tuned.card)
 
 
-def _opened(model: Any, backbone: BackboneName, weights: Format) -> Backbone:
+def _opened(
+    model: Any, readouts: Mapping[int, ExitReadout], backbone: BackboneName, weights: Format
+) -> Backbone:
     """Return the backbone asked for; with "auto" the generic one where the fast one cannot be."""
-    generic = open_model(model)
+    generic = open_model(model, readouts)
     if backbone == "hf":
         return generic
     try:
@@ -266,7 +283,7 @@ def _opened(model: Any, backbone: BackboneName, weights: Format) -> Backbone:
         held = "bf16" if weights == "bf16" else "fp32"
         _log.warning("offramp: %s; running its own modules with %s weights", error, held)
     if held == "bf16" and model.dtype != torch.bfloat16:
-        return open_model(model.bfloat16())
+        return open_model(model.bfloat16(), readouts)
     return generic
 
 

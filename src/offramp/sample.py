@@ -125,7 +125,9 @@ def _mix(seed: int, position: int) -> int:
 def _penalised(logits: Tensor, ids: Sequence[int], first: int, penalty: float) -> Tensor:
     logits = logits.clone()
     for i, row in enumerate(logits):
-        seen = torch.tensor(sorted(set(ids[: first + i])), dtype=torch.long, device=row.device)
+        # A short head's logits may end before a token of the prompt: that one cannot be chosen.
+        known = sorted(token for token in set(ids[: first + i]) if token < len(row))
+        seen = torch.tensor(known, dtype=torch.long, device=row.device)
         values = row[seen]
         row[seen] = torch.where(values < 0, values * penalty, values / penalty)
     return logits

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from offramp.backbone import Backbone
 from offramp.errors import UsageError
-from offramp.policy import fixed
+from offramp.policy import FULL, Policy, fixed
 from offramp.request import Pool, Request, Token, Writer
 from offramp.step import step
 
@@ -37,6 +37,16 @@ class Draft:
     def shared(self) -> int:
         """Return how many leading layers the draft runs exactly as the full model does."""
         return next((i for i, layer in enumerate(self.layers) if layer != i), len(self.layers))
+
+    @property
+    def policy(self) -> Policy:
+        """Return where a drafted token leaves."""
+        return fixed(self.shared)
+
+    @property
+    def kept(self) -> Policy:
+        """Return whose exits a confirming step passes: a block there needs every token's keys."""
+        return self.policy if self.shared == len(self.layers) else FULL
 
     def check(self, num_layers: int) -> None:
         """Refuse a draft that the model cannot make.
@@ -74,7 +84,13 @@ def speculate(
         known = [len(writer.text.ids) for writer in writers]
         _propose(backbone, [writer for writer in writers if not writer.reading], draft)
         counts = [len(w.text.ids) - n for w, n in zip(writers, known, strict=True)]
-        outcome = step(backbone, [w.text for w in writers], tails=[count + 1 for count in counts])
+        outcome = step(
+            backbone,
+            [writer.text for writer in writers],
+            draft.kept,
+            stay=[True] * len(writers),
+            tails=[count + 1 for count in counts],
+        )
         backbone.meter.drafted += sum(counts)
         rows = outcome.logits.split([count + 1 for count in counts])
         for writer, logits, start in zip(writers, rows, known, strict=True):
@@ -96,7 +112,7 @@ def _propose(backbone: Backbone, writers: list[Writer], draft: Draft) -> None:
         outcome = step(
             backbone,
             [writer.text for writer in drafting],
-            fixed(draft.shared),
+            draft.policy,
             detour=draft.layers[draft.shared :],
         )
         going = []

@@ -5,7 +5,7 @@ Knows no tokens, sampling or text; whatever decodes calls this and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from offramp.backbone import Backbone
 from offramp.batch import Flow, Span, Text
+from offramp.exits import Exits, shared
 from offramp.policy import FULL, Policy
 from offramp.probe import Probe, Readout
 from offramp.watch import Watch
@@ -53,6 +54,9 @@ def step(
     on with the next token of its text that gets there, or has its state copied into every deeper
     layer's keys and values (``kv="copy"``).
 
+    Every token that passes an exit of the policy that owns a block, or ends there, fills the block;
+    a text must have been so from its first step on, else it cannot be asked there (UsageError).
+
     Args:
         backbone: what runs the layers.
         texts: the texts, each with at least one new token.
@@ -71,6 +75,8 @@ def step(
     """
     with _all_or_nothing(backbone, texts):
         path = range(backbone.shape.num_layers) if layers is None else layers
+        exits = Exits(backbone, path, () if detour else policy.exits)
+        exits.keep(texts)
         spans = tuple(Span(text, text.done, len(text.ids)) for text in texts)
         flow = Flow(backbone.embed(spans), spans, tuple(range(len(texts))))
         for text in texts:
@@ -82,32 +88,39 @@ def step(
         stop = 0
         while flow.spans and stop < len(path):
             flow = flow.drain(path[stop])
-            asking = [i for i, m in enumerate(flow.members) if stay is None or not stay[m]]
-            cuts = _cuts(path, stop, policy.exits if asking else (), flow)
+            asks = [stay is None or not stay[m] for m in flow.members]
+            asking = [i for i, one in enumerate(asks) if one]
+            asked_at = policy.exits if asking else ()
+            cuts = _cuts(path, stop, asked_at, exits.own(asked_at), flow)
             watch = Watch(policy.bars, look, flow.last(asking), cuts[1:-1])
             ran = backbone.run_until(
                 [path[a:b] for a, b in pairwise(cuts)], flow.hidden, flow.spans, watch
             )
             stop = cuts[ran.segments]
             flow = Flow(ran.hidden, flow.spans, flow.members)
-            if not asking or stop not in policy.exits or stop == len(path):
+            if stop not in policy.exits or stop == len(path):
+                continue
+            rows = exits.states(flow, stop, [int(one) for one in asks])
+            if not asking:
                 continue
             asked = flow.select(asking)
-            rows = asked.tails([1] * len(asking))
-            probe = Probe(stop, len(path), rows, backbone.readout, previous=probe, look=look)
+            reads = exits.reader(backbone.readout, stop)
+            looks = None if look is None else exits.reader(look, stop)
+            probe = Probe(stop, len(path), rows, reads, previous=probe, look=looks)
             if ran.seen is not None:
                 probe.show(ran.seen)
             leaving, staying = _split(policy.leave(probe))
             if leaving:
                 gone = asked.select(leaving)
                 chosen.append((gone.members, _choice(backbone, probe.take(leaving), gone, detour)))
-                _leave(backbone, gone, path[stop:], kv)
+                _leave(backbone, gone, [*path[stop:], *exits.deeper(stop)], kv)
                 left = set(gone.members)
                 flow = flow.select(i for i, member in enumerate(flow.members) if member not in left)
                 probe = probe.take(staying)
         if flow.spans:
-            rows = flow.tails([counts[member] for member in flow.members])
-            last = Probe(len(path), len(path), rows, head or backbone.readout)
+            rows = exits.states(flow, len(path), [counts[member] for member in flow.members])
+            reads = exits.reader(head or backbone.readout, len(path))
+            last = Probe(len(path), len(path), rows, reads)
             chosen.append((flow.members, last))
         return _collect(chosen, counts)
 
@@ -115,12 +128,12 @@ def step(
 @contextmanager
 def _all_or_nothing(backbone: Backbone, texts: Sequence[Text]) -> Iterator[None]:
     """Put every text back, whatever is raised: its tokens, its queues, its keys and values."""
-    kept = [(text.done, dict(text.waiting)) for text in texts]
+    kept = [(text.done, dict(text.waiting), text.blocks) for text in texts]
     try:
         yield
     except BaseException:
-        for text, (done, waiting) in zip(texts, kept, strict=True):
-            text.done, text.waiting = done, waiting
+        for text, (done, waiting, blocks) in zip(texts, kept, strict=True):
+            text.done, text.waiting, text.blocks = done, waiting, blocks
             _rewind(backbone, text)
         raise
 
@@ -134,10 +147,16 @@ def _rewind(backbone: Backbone, text: Text) -> None:
         backbone.trim(text.slot, length, first_layer=layer)
 
 
-def _cuts(path: Sequence[int], start: int, exits: Sequence[int], flow: Flow) -> list[int]:
-    """Cut the path from ``start`` at every exit, up to where a token waits to go on, or its end."""
-    waiting = [path.index(layer) for span in flow.spans for layer in span.text.waiting]
-    end = min(waiting, default=len(path))
+def _cuts(
+    path: Sequence[int], start: int, exits: Sequence[int], own: Iterable[int], flow: Flow
+) -> list[int]:
+    """Cut the path from ``start`` at every exit, up to where the run must end.
+
+    That is where a token waits to go on, at an exit with a readout of its own, or the path's end.
+    """
+    ends = [path.index(layer) for span in flow.spans for layer in span.text.waiting]
+    ends += [stop for stop in own if stop > start]
+    end = min(ends, default=len(path))
     return [start, *(stop for stop in exits if start < stop < end), end]
 
 
@@ -152,7 +171,8 @@ def _choice(backbone: Backbone, probe: Probe, gone: Flow, detour: Sequence[int])
     if not detour:
         return probe
     hidden = backbone.run(detour, gone.hidden, gone.spans)
-    return Probe(probe.depth + len(detour), probe.num_layers, hidden, backbone.readout)
+    reads = shared(backbone, backbone.readout)
+    return Probe(probe.depth + len(detour), probe.num_layers, hidden, reads)
 
 
 def _leave(backbone: Backbone, gone: Flow, skipped: Sequence[int], kv: KV) -> None:

@@ -6,6 +6,7 @@ The only place that knows tokenizers; everything below works on ids.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ Prompt = str | list[dict[str, str]]
 """A text, or chat messages with ``role`` and ``content``."""
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+
+# What the models that wrote the Alpaca sets put where there was nothing to put.
+_NO_INPUT = re.compile(r"\s*(<no ?input>\.?)?\s*", re.IGNORECASE)
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
@@ -61,13 +65,18 @@ def _from_json(line: str, where: str) -> Prompt:
         case {"prompt": str(prompt)} if prompt.strip():
             return prompt
         case {"instruction": str(instruction), "input": str(given)} if instruction.strip():
-            return f"{instruction}\n\n{given}" if given.strip() else instruction
+            return with_input(instruction, given)
         case {"instruction": str(instruction)} if instruction.strip() and "input" not in row:
             return instruction
     raise OfframpError(
         f'{where}: needs a non-empty "prompt", "instruction" (with or without "input"), or '
         '"messages" with "role" and "content"'
     )
+
+
+def with_input(instruction: str, given: str) -> str:
+    """Return the prompt of an instruction and its input, which may be empty or ``<noinput>``."""
+    return instruction if _NO_INPUT.fullmatch(given) else f"{instruction}\n\n{given}"
 
 
 def _is_message(message: Any) -> bool:

@@ -58,7 +58,7 @@ class Trace:
     hidden: Tensor | None = None
     """``[T, E + 1, D]``: the states, where they were kept."""
     check: str = "full"
-    """The check whose scores these are, as the command line writes it."""
+    """The check whose scores these are, as it calls itself: ``str(check)``."""
 
     @cached_property
     def agrees(self) -> Tensor:
@@ -206,7 +206,8 @@ def _states(backbone: Backbone, ids: list[int], exits: Sequence[int]) -> Tensor:
         stops = (*exits, backbone.shape.num_layers)
         for start, stop in zip((0, *stops), stops, strict=False):
             hidden = backbone.run(range(start, stop), hidden, spans)
-            states.append(hidden)
+            block = backbone.blocks.get(stop)
+            states.append(hidden if block is None else backbone.run([block], hidden, spans))
         return torch.stack(states, 1)
     finally:
         backbone.close(text.slot)

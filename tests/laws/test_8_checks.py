@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path as FilePath
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 import offramp
 from offramp.backbone import Backbone
 from offramp.batch import Text
-from offramp.checks import FULL_HEAD, Check, LowRank, Shortlist
+from offramp.checks import FULL_HEAD, Check, Head, LowRank, Shortlist, Tokens, read_tokens
 from offramp.cost import flops, weight_bytes
 from offramp.decode import decode
-from offramp.errors import UnsupportedModelError, UsageError
+from offramp.errors import OfframpError, UnsupportedModelError, UsageError
 from offramp.fast.open import open_fast
 from offramp.fast.pack import Format
 from offramp.gate import Gate, fit_gate
@@ -24,6 +25,7 @@ from offramp.plan import Path, execute
 from offramp.policy import Policy, Threshold, fixed
 from offramp.probe import Probe
 from offramp.request import Request
+from offramp.sample import Sampling
 from offramp.signals import find, score
 from offramp.step import step
 from offramp.trace import record, replay
@@ -34,7 +36,9 @@ from tests.tools import (
     GRAPH,
     TEN,
     AnyBackbone,
+    Asked,
     Recorder,
+    Told,
     assert_close,
     collected,
     counted,
@@ -57,12 +61,14 @@ def states(backbone: Backbone, rows: int = 7) -> Tensor:
 def whole(backbone: Backbone) -> list[Check]:
     """Return cheap checks that leave nothing out."""
     shape = backbone.shape
-    return [Shortlist(size=shape.vocab_size), LowRank(rank=shape.hidden_size)]
+    every = tuple(range(shape.vocab_size))
+    return [Shortlist(size=shape.vocab_size), Tokens(tokens=every), LowRank(rank=shape.hidden_size)]
 
 
 def cheap(backbone: Backbone) -> list[Check]:
     """Return checks that do, of sizes that fill no block of a kernel; made, so hooks see them."""
-    checks: list[Check] = [Shortlist(size=37), LowRank(rank=5)]
+    scattered = Tokens(tokens=tuple(range(3, backbone.shape.vocab_size, 7)))
+    checks: list[Check] = [Shortlist(size=37), scattered, LowRank(rank=5)]
     for check in checks:
         check.look(backbone)
     return checks
@@ -232,28 +238,6 @@ def test_what_is_asked_is_what_is_counted(family: str) -> None:
         assert (work.head_passes, work.head_rows) == (6, 6)
 
 
-class Asked:
-    """A policy that no backbone knows: it is asked at every exit, and remembers how often."""
-
-    bars = None
-
-    def __init__(self, policy: Policy) -> None:
-        self.exits, self.policy, self.asked = policy.exits, policy, 0
-
-    def leave(self, probe: Probe) -> Tensor:
-        """Leave as the policy does."""
-        self.asked += 1
-        return self.policy.leave(probe)
-
-
-class Told(Asked):
-    """The same policy, and it says what it is."""
-
-    def __init__(self, policy: Policy) -> None:
-        super().__init__(policy)
-        self.bars = policy.bars  # type: ignore[assignment]
-
-
 def screens(backbone: Backbone) -> list[tuple[Policy, Check]]:
     """Return every signal that the kernels know, through every head, cut *at* a state's score."""
     ids = texts_of(backbone, [30, 20])
@@ -401,13 +385,24 @@ def test_a_failing_readout_leaves_the_models_own_head() -> None:
     assert backbone.model.get_output_embeddings() is head
 
 
+LISTS = [Shortlist(size=37), Tokens(tokens=(3, 5, *range(40, 150, 3)))]
+
+
+def listed(head: Shortlist | Tokens) -> set[int]:
+    """Return the entries that a short head has of itself."""
+    return set(head.tokens) if isinstance(head, Tokens) else set(range(head.size))
+
+
 @pytest.mark.parametrize("family", BOTH)
+@pytest.mark.parametrize("head", LISTS, ids=str)
 @pytest.mark.parametrize("end", [9, 150])
-def test_a_short_head_chooses_the_best_of_its_entries(family: str, end: int) -> None:
-    """A sub-model's tokens are the best of the shortlist and the end tokens, wherever those are."""
+def test_a_short_head_chooses_the_best_of_its_entries(
+    family: str, head: Shortlist | Tokens, end: int
+) -> None:
+    """A sub-model's tokens are the best of the list and the end tokens, wherever those are."""
     backbone = opened(family)
-    head, layers = Shortlist(size=37), (0, 2, 3)
-    allowed = torch.tensor(sorted({*range(37), end}))
+    layers = (0, 2, 3)
+    allowed = torch.tensor(sorted({*listed(head), end}))
     [ids] = texts_of(backbone, [8], seed=2)
     text, expected = Text(list(ids), backbone.open()), []
     for _ in range(10):
@@ -424,23 +419,104 @@ def test_a_short_head_chooses_the_best_of_its_entries(family: str, end: int) -> 
     assert written == expected[:stop]
 
 
+@pytest.mark.parametrize("family", TEN + FAST + GRAPH)
+@pytest.mark.parametrize("head", LISTS, ids=str)
+def test_a_short_heads_logits_stand_at_their_ids(family: str, head: Shortlist | Tokens) -> None:
+    """The full head's at the entries and the end tokens, and no chance for any other."""
+    backbone = opened(family)
+    hidden, ends = states(backbone), {9, 150}
+    readout = head.choose(backbone, ends)
+    assert readout is not None
+    logits, full = readout(hidden, 2), backbone.readout(hidden, 2)
+    allowed = sorted(listed(head) | ends)
+    assert_close(full[:, allowed], logits[:, allowed])
+    others = sorted(set(range(logits.shape[1])) - set(allowed))
+    assert others
+    assert (logits[:, others] == -torch.inf).all()
+
+
 @pytest.mark.parametrize("family", BOTH)
 def test_a_head_of_every_entry_is_the_full_head(family: str) -> None:
     """The same tokens as without it."""
     backbone = opened(family)
     requests = [Request(ids, 12) for ids in texts_of(backbone, [5, 8, 3], seed=1)]
-    whole_head = Shortlist(size=backbone.shape.vocab_size)
-    runs = [Path(layers=(0, 1, 4)), Path(layers=(0, 1, 4), head=whole_head)]
-    plain, headed = (collected(execute(backbone, requests, run), 3)[0] for run in runs)
-    assert plain == headed
+    layers, size = (0, 1, 4), backbone.shape.vocab_size
+    heads: list[Head] = [FULL_HEAD, Shortlist(size=size), Tokens(tokens=tuple(range(size)))]
+    plain, *headed = (
+        collected(execute(backbone, requests, Path(layers=layers, head=head)), 3)[0]
+        for head in heads
+    )
+    assert headed == [plain, plain]
 
 
-def test_a_head_longer_than_the_vocabulary_is_refused() -> None:
+def test_a_head_beyond_the_vocabulary_is_refused() -> None:
     """Before anything runs."""
     backbone = generic("llama")
-    long = Shortlist(size=backbone.shape.vocab_size + 1)
-    with pytest.raises(UsageError, match="longer than the vocabulary"):
-        Path(layers=(0, 1), head=long).must_fit(backbone)
+    size = backbone.shape.vocab_size
+    cases: list[tuple[Head, str]] = [
+        (Shortlist(size=size + 1), "longer than the vocabulary"),
+        (Tokens(tokens=(0, 3, size)), f"holds the token {size}, .* ends at {size - 1}"),
+    ]
+    for head, complaint in cases:
+        with pytest.raises(UsageError, match=complaint):
+            Path(layers=(0, 1), head=head).must_fit(backbone)
+        with pytest.raises(UsageError, match=complaint):
+            head.must_fit(backbone.shape)
+
+
+@pytest.mark.parametrize("family", BOTH)
+def test_a_short_head_takes_every_kind_of_draw(family: str) -> None:
+    """Penalties for tokens that it does not have change nothing, and filters find what there is."""
+    backbone = opened(family)
+    head = Tokens(tokens=(3, 5, 8, 21))
+    [ids] = texts_of(backbone, [40])
+    assert max(ids) > 21
+    for sampling in (
+        Sampling(repetition_penalty=3.0),
+        Sampling(temperature=2.0, top_k=3, top_p=0.9, repetition_penalty=1.3),
+    ):
+        request = Request(ids, 12, sampling.chooser(), eos=frozenset({21}))
+        written = [t.id for t in execute(backbone, [request], Path(layers=(0, 1), head=head))]
+        assert set(written) <= set(head.tokens)
+
+
+LIST = "[5, 2, 9, 2]"
+
+
+def test_a_list_is_read_in_any_order_and_either_form(tmp_path: FilePath) -> None:
+    """As JSON or as words; what comes of it is ascending, each once."""
+    for text in (LIST, "5 2\n9\t2\n", " [5,2,\n9]"):
+        (tmp_path / "tokens").write_text(text)
+        assert read_tokens(tmp_path / "tokens") == Tokens(tokens=(2, 5, 9))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"[]", b"[7]", b"7 7", b"[1, -2]", b"1 -2", b"[1, 2.0]", b"1 2.0", b"[1, true]"),
+        *(b'["1", "2"]', b"[[1], 2]", b"[1, 2", b"{}", b"[" * 100_000, b"\xff\xfe", b"one two"),
+        *(b"1 4294967296", b"9" * 5000 + b" 1", b" ".join(b"%d" % i for i in range(2**18 + 1))),
+        *(b"1 2" + b" " * 2**23,),
+    ],
+    ids=lambda content: repr(content)[:20],
+)
+def test_what_is_no_list_of_tokens_is_refused(tmp_path: FilePath, content: bytes) -> None:
+    """In one sentence about the file, that says what to write."""
+    path = tmp_path / "tokens"
+    path.write_bytes(content)
+    with pytest.raises(OfframpError, match=f"^{path} is no list of 2 to 262144 token ids: write"):
+        read_tokens(path)
+
+
+def test_lists_of_one_length_are_not_one_check() -> None:
+    """A trace tells them apart."""
+    backbone = opened("llama")
+    one, other = Tokens(tokens=(3, 5, 8)), Tokens(tokens=(3, 5, 9))
+    trace = record(backbone, [(texts_of(backbone, [12])[0], 1)], EXITS, check=one)
+    policy = Threshold("max_prob", ((2, 0.5),))
+    replay(trace, policy, check=one)
+    with pytest.raises(UsageError, match=r"seen by the check tokens:3#\w+, not tokens:3#"):
+        replay(trace, policy, check=other)
 
 
 @pytest.mark.parametrize("family", BOTH)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from offramp.bench.race import Case, Contestant, Sample, absent
-from offramp.errors import OfframpError
+from offramp.errors import OfframpError, UsageError
 from offramp.hf.load import locate
+from offramp.hf.tuned import is_whole
 
 OURS = ("hf", "hf-early-exit")
 """Engines that run in this environment."""
@@ -95,6 +96,22 @@ class Worker:
     def _end(self) -> None:
         self._process.kill()
         self._process.communicate()
+
+
+def able(names: Sequence[str] | None, model: str | None) -> Sequence[str] | None:
+    """Return the engines to try, None for all: none but ours opens an adapter or readouts.
+
+    Raises:
+        UsageError: engines are named, and the model is no whole checkpoint.
+    """
+    if is_whole(model):
+        return names
+    if names:
+        raise UsageError(
+            f"--against: other engines open whole checkpoints, and {model} is put on a base model; "
+            "make one with offramp export and all its layers"
+        )
+    return []
 
 
 def opening_order(

@@ -9,9 +9,12 @@ import typer
 
 from offramp import __version__
 from offramp.cli.bench import bench
+from offramp.cli.export import export
 from offramp.cli.generate import generate
 from offramp.cli.inspect import inspect
+from offramp.cli.output import visible
 from offramp.cli.trace import trace
+from offramp.cli.tune import tune
 from offramp.errors import OfframpError, UsageError
 
 app = typer.Typer(
@@ -23,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (inspect, generate, trace, bench):
+for verb in (inspect, tune, generate, trace, bench, export):
     app.command()(verb)
 
 
@@ -66,5 +69,6 @@ def main() -> None:
 
 
 def _end(status: int, message: str) -> None:
-    print(f"offramp: {' '.join(message.split())}", file=sys.stderr)
+    # Names out of a model's files may be in it, and a file may say anything to a terminal.
+    print(f"offramp: {visible(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(status)

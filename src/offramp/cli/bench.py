@@ -105,11 +105,12 @@ def bench(
 
     from offramp.bench import own
     from offramp.bench.figures import rows
-    from offramp.bench.peers import opening_order, peer_contestants
+    from offramp.bench.peers import able, opening_order, peer_contestants
     from offramp.cli.output import environment, finish
     from offramp.model import load
 
     torch.set_num_threads(threads or torch.get_num_threads())
+    names = able(asked and [name for name in asked if name != "none"], model)
     loaded = load(model, backbone="hf", trust_remote_code=trust_remote_code)
     own.check(loaded, plans, max(sizes[0]) + tokens)
     cases = [own.make_case(loaded.tokenizer, b, c, tokens) for c, b in product(*sizes)]
@@ -118,7 +119,6 @@ def bench(
     ]
     with ExitStack() as stack:
         order = opening_order(model, max(sizes[0]) + tokens, draft, trust_remote_code)
-        names = asked and [name for name in asked if name != "none"]
         others, versions = peer_contestants(names, python, order, stack)
         races = _compete([*contestants, *others], cases, rounds)
     timed = [row for run in races for row in rows(run)]

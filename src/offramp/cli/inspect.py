@@ -13,6 +13,7 @@ from offramp.cli.tracing import own_answers, timed, traced
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from offramp.card import Card
     from offramp.inspection import Inspection
 
 
@@ -64,18 +65,34 @@ def inspect(
         constants=timed(loaded),
     )
     if not json:
+        if loaded.card is not None:
+            print(_tuned(loaded.card))
         _show(loaded.name, found, every, Console(highlight=False))
     record = {
         "model": loaded.name,
         "plan": None,
         "seed": None,
         "supported": True,
+        "card": None if loaded.card is None else loaded.card.model_dump(mode="json"),
         "backbone": loaded.backbone.name,
         "weights": loaded.backbone.weights,
         **environment(),
         **dataclasses.asdict(found),
     }
     finish(record, as_json=json, out=out)
+
+
+def _tuned(card: Card) -> str:
+    """Say in two lines how the model was tuned, and what reads its exits out."""
+    from offramp.cli.output import visible
+
+    data, base = card.data, card.base
+    seen = f" on {data.tokens:,} tokens of {', '.join(data.files)}" if data else ""
+    exits = ", ".join(f"{depth} ({card.readouts.get(depth, 'shared')})" for depth in card.exits)
+    return visible(
+        f"Tuned by {card.recipe.name}{seen}, from {base.name} (fingerprint {base.fingerprint}).\n"
+        f"Its exits, and what reads them out: {exits or 'none'}."
+    )
 
 
 def _show(name: str, found: Inspection, every: int, console: Console) -> None:

@@ -44,7 +44,8 @@ ModelName = Annotated[
     str | None,
     typer.Argument(
         metavar="[MODEL]",
-        help="Hub id, local folder or GGUF file; SmolLM2-135M-Instruct by default.",
+        help="Hub id, local folder (a tuned model's, too) or GGUF file; SmolLM2-135M-Instruct by "
+        "default.",
         show_default=False,
     ),
 ]
@@ -120,7 +121,7 @@ CheckText = Annotated[
     str | None,
     typer.Option(
         "--check",
-        metavar="full|shortlist:N|low-rank:N|gate:FILE",
+        metavar="full|shortlist:N|tokens:FILE|low-rank:N|gate:FILE",
         help="With --threshold: what the signal looks at; with a gate, write --threshold "
         "gate=DEPTH:VALUE,...",
     ),
@@ -129,8 +130,9 @@ HeadText = Annotated[
     str | None,
     typer.Option(
         "--head",
-        metavar="full|shortlist:N",
-        help="With --exit: what chooses tokens; the N lowest token ids are the most frequent.",
+        metavar="full|shortlist:N|tokens:FILE",
+        help="With --exit: what chooses tokens; the N lowest token ids are the most frequent, a "
+        "file lists those of a narrow task.",
     ),
 ]
 KeyValues = Annotated[

@@ -8,7 +8,6 @@ import os
 import platform
 import unicodedata
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offramp.files import write_text
-from offramp.machine import processor
+from offramp.machine import processor, versions
 
 # Cividis, dark to bright: readable with every kind of colour vision. Bright = deep.
 _SCALE = (
@@ -34,15 +33,13 @@ def environment() -> dict[str, Any]:
     """Return the versions and the machine that every result carries."""
     import torch
 
-    packages = ("offramp", "torch", "transformers")
-    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
     machine = {
         "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
     }
-    return {"versions": versions, "machine": machine}
+    return {"versions": versions(), "machine": machine}
 
 
 def finish(record: Mapping[str, Any], *, as_json: bool, out: Path | None) -> None:

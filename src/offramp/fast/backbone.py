@@ -7,8 +7,7 @@ depth share a call and nothing is padded.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -16,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.backbone import Shape
+from offramp.backbone import Shape, from_layer
 from offramp.batch import Span
 from offramp.fast.build import kernels, version
 from offramp.fast.exits import Screen, known
-from offramp.fast.heads import CheapHead, low_rank_head, shortlist_head
+from offramp.fast.heads import CheapHead, Heads
 from offramp.fast.layout import CHUNK, FP32, INT8, MatrixStruct, RowsStruct, WatchStruct
-from offramp.fast.memory import Arena
 from offramp.fast.pack import Format
 from offramp.fast.rotary import Rotary
 from offramp.fast.slots import Sizes, Slot
 from offramp.fast.weights import Taken
+from offramp.hf.own import Own
 from offramp.meter import Meter
 from offramp.probe import Readout
 from offramp.watch import Bars, Ran, Watch
@@ -56,19 +55,29 @@ class FastBackbone:
         self.batched = self.ragged = True
         self.name, self.build = "fast", version()
         self.weights: str = weights
-        self._format: Format = weights
         self._taken, self._rotary = taken, rotary
         self._table = model.get_input_embeddings().weight.detach().float().numpy()
         self._embedding_scale = embedding_scale
         self._library = kernels()
-        self._cheap: dict[Hashable, _Reading] = {}
-        self._arena = Arena()
         self._screen = lru_cache(_SCREENS)(self._screened)
         struct = taken.struct
-        self._head = CheapHead(None, struct.head, shape.head_weights, [])
+        shared = CheapHead(None, struct.head, shape.head_weights, [])
+        plain = model.get_output_embeddings()
+        self._heads = Heads(shared, plain, taken.gains, weights, self._checked)
         int8 = weights in ("int8", "int4")  # keys and values are held as roughly as the weights
         struct.kv_format = INT8 if int8 else FP32
-        self._sizes = Sizes(shape.num_layers, struct.kv_heads, struct.head_size, int8)
+        self._sizes = Sizes(len(taken.layers), struct.kv_heads, struct.head_size, int8)
+        self.give(Own())
+
+    def give(self, own: Own) -> None:
+        """Let exits own these readouts; the layers of their blocks are among those taken.
+
+        An affine map runs in fp32, one product of torch's.
+        """
+        self.own = own
+        self.blocks: Mapping[int, int] = own.blocks
+        self.apart = own.apart
+        self._heads.give(own.heads)
 
     def open(self) -> Slot:
         """Return an empty slot."""
@@ -80,7 +89,7 @@ class FastBackbone:
 
     def trim(self, slot: Slot, length: int, *, first_layer: int = 0) -> None:
         """Forget positions from ``length`` on in every layer from ``first_layer`` on."""
-        slot.trim(length, first_layer)
+        slot.trim(length, from_layer(first_layer, self.shape.num_layers, self.blocks))
 
     @torch.no_grad()
     def embed(self, spans: Sequence[Span]) -> Tensor:
@@ -108,7 +117,7 @@ class FastBackbone:
         stopped = ran.segments < len(segments)
         if screen.head is None:
             return ran
-        count = self.meter.read if screen.head is self._head else self.meter.checked
+        count = self.meter.read if screen.head is self._heads.shared else self.meter.checked
         for _ in range(ran.segments - (not stopped)):
             count(len(watch.rows))
         return Ran(ran.hidden, ran.segments, screen.seen.clone()) if stopped else ran
@@ -119,11 +128,8 @@ class FastBackbone:
             return None
         if bars.gates is not None:
             return Screen(bars, None)
-        if look is None:
-            return Screen(bars, self._head)
-        if isinstance(look, _Reading) and look.backbone is self:
-            return Screen(bars, look.head)
-        return None
+        head = self._heads.behind(look)
+        return None if head is None else Screen(bars, head)
 
     def _run(
         self,
@@ -171,32 +177,27 @@ class FastBackbone:
         self.meter.filled(len(layers), len(hidden))
 
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
-        """Return logits ``[N, V]`` of states ``[N, D]``; every depth shares norm and head."""
+        """Return logits ``[N, V]`` of states ``[N, D]``, by what the exit owns or all share."""
         self.meter.read(len(hidden))
-        return self._read(self._head, hidden)
+        return self._read(self._heads.at(depth), self._mapped(hidden, depth))
 
     def shortlist(self, tokens: Tensor) -> Readout:
         """Return a readout of these vocabulary entries alone: logits ``[N, len(tokens)]``."""
-        key = tuple(tokens.tolist())
-        if key not in self._cheap:
-            head = self.model.get_output_embeddings()
-            self._cheap[key] = _Reading(
-                self, shortlist_head(head, tokens, self._format, self._arena)
-            )
-        return self._cheap[key]
+        return self._heads.shortlist(tokens)
 
     def low_rank(self, rank: int) -> Readout:
         """Return a readout by the head's best approximation of this rank: logits ``[N, V]``."""
-        if rank not in self._cheap:
-            head = self.model.get_output_embeddings()
-            made = low_rank_head(head, self._taken.gains, rank, self._format, self._arena)
-            self._cheap[rank] = _Reading(self, made)
-        return self._cheap[rank]
+        return self._heads.low_rank(rank)
 
-    def check(self, head: CheapHead, hidden: Tensor) -> Tensor:
-        """Return logits ``[N, outputs]`` of states ``[N, D]`` by a cheap head."""
+    def _checked(self, head: CheapHead, hidden: Tensor, depth: int) -> Tensor:
         self.meter.checked(len(hidden))
-        return self._read(head, hidden)
+        return self._read(head, self._mapped(hidden, depth))
+
+    @torch.no_grad()
+    def _mapped(self, hidden: Tensor, depth: int) -> Tensor:
+        if depth in self.own.maps:
+            self.meter.mapped(len(hidden))
+        return self.own.mapped(hidden, depth)
 
     def _read(self, head: CheapHead, hidden: Tensor) -> Tensor:
         hidden = hidden.contiguous()
@@ -224,9 +225,7 @@ class FastBackbone:
             {kind: _multiplied(getattr(layer, name)) for kind, name in kinds.items()}
             for layer in self._taken.layers
         ]
-        cheap = [_multiplied(reading.head.head) for reading in self._cheap.values()]
-        checks = sum(rows for rows, _ in cheap), sum(calls for _, calls in cheap)
-        return [*counts, {"head": _multiplied(self._head.head), "check": checks}]
+        return [*counts, self._heads.multiplied()]
 
     def _reserve(self, layers: Sequence[int], spans: Sequence[Span]) -> None:
         for span in spans:
@@ -235,17 +234,6 @@ class FastBackbone:
                 assert slot.lengths[layer] == span.start, "a layer was run out of turn"
             slot.reserve(span.stop)
         self._rotary.reserve(max(span.stop for span in spans), self._taken.layers)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Reading:
-    """A cheap head as a :data:`~offramp.probe.Readout`, which its backbone knows again."""
-
-    backbone: FastBackbone
-    head: CheapHead
-
-    def __call__(self, hidden: Tensor, _depth: int) -> Tensor:
-        return self.backbone.check(self.head, hidden)
 
 
 def _multiplied(matrix: MatrixStruct) -> tuple[int, int]:

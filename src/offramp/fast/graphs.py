@@ -8,7 +8,7 @@ masks. **Capture and replay themselves have not been run on a GPU yet.**
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -60,6 +60,8 @@ class GraphBackbone:
         self.fingerprint = fingerprint
         self.batched = self.ragged = True
         self.name, self.weights = "fast", weights
+        self.blocks: Mapping[int, int] = {}
+        self.apart = frozenset[int]()  # models whose exits own readouts are refused
         self.build = f"torch {torch.__version__}, fixed shapes on {model.device.type}"
         self.cheap: dict[Hashable, nn.Module] = {}
         """Heads of cheap checks, each made once."""

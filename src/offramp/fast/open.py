@@ -20,7 +20,7 @@ from offramp.fast.parts import refusal
 from offramp.fast.rotary import Rotary, prepared, windows
 from offramp.fast.weights import take
 from offramp.hf.backbone import HFBackbone
-from offramp.hf.check import alone, probe_ids, together
+from offramp.hf.check import alone, probe_ids, read_at, together
 from offramp.meter import Meter
 from offramp.step import step
 
@@ -52,6 +52,11 @@ def open_fast(generic: HFBackbone, weights: Format = "fp32") -> FastBackbone:
         _check(_made(generic, "fp32", *positions, only=sample), generic, "fp32", sample)
     backbone = _made(generic, weights, *positions)
     _check(backbone, generic, weights, range(generic.shape.num_layers))
+    backbone.give(generic.own)
+    for depth in sorted({*backbone.blocks, *backbone.apart}):
+        ids = probe_ids(backbone.shape.vocab_size)
+        made, expected = (read_at(each, depth, ids, first=7) for each in (backbone, generic))
+        _compare(backbone, generic, weights, (made - expected).abs().max().item(), expected)
     return backbone
 
 
@@ -69,6 +74,10 @@ def open_graphs(generic: HFBackbone) -> GraphBackbone:
             differ.
     """
     model = generic.model
+    if generic.blocks or generic.apart:
+        raise refusal(
+            model, "its exits own readouts, which only the backbones for a CPU and hf take"
+        )
     weights = _HELD.get(model.dtype)
     if weights is None:
         raise refusal(
@@ -104,11 +113,12 @@ def _made(
     windows: list[int],
     only: Sequence[int] | None = None,
 ) -> FastBackbone:
-    taken = take(generic.model, list(generic.adapter.layers), weights, only)
+    layers = [*generic.adapter.layers, *generic.own.layers]
+    taken = take(generic.model, layers, weights, only)
     rotary.point(taken.layers)
     taken.struct.rotary = rotary.size(taken.struct.head_size)
-    for layer, window in zip(taken.layers, windows, strict=True):
-        layer.window = window
+    for index, layer in enumerate(taken.layers):
+        layer.window = windows[min(index, len(windows) - 1)]  # a block's is the last layer's
     return FastBackbone(
         generic.model,
         taken,
@@ -118,6 +128,7 @@ def _made(
             fill_weights=generic.shape.kv_weights,
             bytes_per_weight=BYTES[weights],
             kv_bytes=KV_BYTES[weights],
+            map_bytes_per_weight=BYTES["fp32"],
             head_bytes_per_weight=taken.head_bytes,
         ),
         fingerprint=generic.fingerprint,
@@ -149,7 +160,14 @@ def _check(backbone: Backbone, generic: HFBackbone, weights: Format, layers: Seq
     text = Text(list(ids), generic.open())
     expected = step(generic, [text], layers=layers, tails=[len(ids)]).logits.float()
     differences = (check(backbone, ids, expected, layers) for check in (alone, together))
-    off = max(differences) / max(expected.abs().max().item(), 1.0)
+    _compare(backbone, generic, weights, max(differences), expected)
+
+
+def _compare(
+    backbone: Backbone, generic: HFBackbone, weights: Format, difference: float, expected: Tensor
+) -> None:
+    """Refuse logits that differ by more than this format may, and forget what checking cost."""
+    off = difference / max(expected.abs().max().item(), 1.0)
     backbone.meter, generic.meter = Meter(), Meter()
     if not off <= TOLERANCE[weights]:  # also catches NaN
         raise UnsupportedModelError(

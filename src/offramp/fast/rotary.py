@@ -62,10 +62,12 @@ class Rotary:
 
     def point(self, layers: ctypes.Array[LayerStruct]) -> None:
         """Tell the layers where their tables lie."""
-        for layer, which in enumerate(self._which):
+        last = len(self._which) - 1
+        for index, struct in enumerate(layers):
+            layer = min(index, last)  # an exit's block stands where the last layer does
             if self._rotates[layer]:
-                layers[layer].cosines, layers[layer].sines = (
-                    table.data_ptr() for table in self._tables[which]
+                struct.cosines, struct.sines = (
+                    table.data_ptr() for table in self._tables[self._which[layer]]
                 )
 
     def _extend(self) -> None:

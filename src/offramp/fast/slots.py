@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -79,9 +80,9 @@ class Slot:
             setattr(self.struct, name, buffer.data_ptr())
         self.struct.capacity = room
 
-    def trim(self, length: int, first_layer: int) -> None:
-        """Forget positions from ``length`` on in every layer from ``first_layer`` on."""
-        for layer in range(first_layer, self.sizes.layers):
+    def trim(self, length: int, layers: Iterable[int]) -> None:
+        """Forget positions from ``length`` on in these layers."""
+        for layer in layers:
             self.lengths[layer] = min(self.lengths[layer], length)
 
     def clear(self) -> None:

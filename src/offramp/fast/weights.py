@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
+from offramp.fast.heads import head_form
 from offramp.fast.layout import INT8, LayerStruct, MatrixStruct, ModelStruct
 from offramp.fast.memory import Arena
 from offramp.fast.pack import BYTES, LANES, Format, pack
@@ -35,21 +36,21 @@ def take(
 
     Args:
         model: the causal LM.
-        layers: its decoder layers.
+        layers: its decoder layers, and blocks that are such layers.
         form: the format; with int4 the vocabulary head keeps 8 bits, for it is what chooses.
         only: the layers to take; all by default. The others must not be run.
 
     Raises:
         UnsupportedModelError: it has parts that the kernels do not have.
     """
-    head_form: Format = "int8" if form == "int4" else form
     taker = _Taker(Reader(model), form)
     structs = (LayerStruct * len(layers))()
     for index in range(len(layers)) if only is None else only:
         taker.layer(structs[index], layers[index])
-    struct, gains = taker.top(head_form)
+    precise = head_form(form)
+    struct, gains = taker.top(precise)
     struct.layers = ctypes.cast(structs, ctypes.POINTER(LayerStruct))
-    return Taken(struct, structs, BYTES[head_form], gains, taker.kept)
+    return Taken(struct, structs, BYTES[precise], gains, taker.kept)
 
 
 class _Taker:

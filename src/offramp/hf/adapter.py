@@ -74,7 +74,8 @@ class Adapter:
     def prepare(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Prepared:
         """Return the layer inputs for ``ids [B, m]`` at ``positions [B, m]``.
 
-        ``mask [B, width]`` marks real keys (None: all), ``cache`` tells how many came before.
+        ``mask [B, width]`` marks real keys (None: all), ``cache`` tells how many came before; None
+        for a pass that keeps no keys and values.
         """
         arguments = {
             "input_ids": ids,
@@ -82,7 +83,7 @@ class Adapter:
             "attention_mask": mask,
             "cache": cache,
             "past_key_values": cache,  # its name before transformers 5.24, and in older families
-            "use_cache": True,
+            "use_cache": cache is not None,
         }
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         first: list[Tensor] = []
@@ -104,10 +105,12 @@ class Adapter:
             f"{type(self.model).__name__} ran {len(calls)} of its {len(self.layers)} layers"
         )
 
-    def call(self, layer: int, hidden: Tensor, prepared: Prepared) -> Tensor:
-        """Run one real layer on ``hidden [B, m, D]`` with what was prepared for it."""
+    def call(
+        self, layer: int, hidden: Tensor, prepared: Prepared, module: nn.Module | None = None
+    ) -> Tensor:
+        """Run one real layer, or ``module`` in its place, on ``hidden [B, m, D]``."""
         args, kwargs = prepared.calls[layer]
-        output = self.layers[layer](hidden, *args, **kwargs)
+        output = (module or self.layers[layer])(hidden, *args, **kwargs)
         rows: Tensor = output[0] if isinstance(output, tuple) else output
         return rows
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,13 +19,22 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offramp.backbone import Shape
+from offramp.backbone import Shape, from_layer
 from offramp.batch import Span
 from offramp.hf.adapter import Adapter, Prepared
-from offramp.hf.cache import FilledError, LayerStore, Slot, group_cache, padding_mask
+from offramp.hf.cache import (
+    FilledError,
+    GroupLayer,
+    LayerStore,
+    Slot,
+    group_cache,
+    padding_mask,
+)
 from offramp.hf.heads import HeadPlace
+from offramp.hf.own import Own, standing_in
 from offramp.meter import Meter
 from offramp.probe import Readout
+from offramp.readouts import ExitReadout
 from offramp.watch import Ran, Watch
 
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -37,6 +46,8 @@ class _Group:
 
     members: list[int]
     prepared: Prepared
+    blocks: list[Prepared]
+    """The same for each block that an exit owns: its call is the last layer's."""
 
 
 class HFBackbone:
@@ -54,12 +65,19 @@ class HFBackbone:
         self.ragged = False
         self.cheap: dict[Hashable, nn.Module] = {}
         """Heads of cheap checks, each made once."""
+        self.give(Own())
         self._key: tuple[Any, ...] = ()
         self._groups: list[_Group] = []
 
+    def give(self, own: Own) -> None:
+        """Let exits own these readouts, from the next text that is opened on."""
+        self.own = own
+        self.blocks: Mapping[int, int] = own.blocks
+        self.apart = own.apart
+
     def open(self) -> Slot:
-        """Return empty stores, one per layer."""
-        return [LayerStore() for _ in range(self.shape.num_layers)]
+        """Return empty stores, one per layer, blocks last."""
+        return [LayerStore() for _ in range(self.shape.num_layers + len(self.blocks))]
 
     def close(self, slot: Slot) -> None:
         """Free the buffers."""
@@ -67,8 +85,9 @@ class HFBackbone:
 
     def trim(self, slot: Slot, length: int, *, first_layer: int = 0) -> None:
         """Forget positions from ``length`` on in every layer from ``first_layer`` on."""
-        for store in slot[first_layer:]:
-            store.length = min(store.length, length)
+        for layer in from_layer(first_layer, self.shape.num_layers, self.blocks):
+            if layer < len(slot):  # closed slots are empty
+                slot[layer].length = min(slot[layer].length, length)
 
     @torch.no_grad()
     def embed(self, spans: Sequence[Span]) -> Tensor:
@@ -85,7 +104,7 @@ class HFBackbone:
         for group in self._prepare(spans):
             rows = torch.stack([parts[i] for i in group.members])  # [B, m, D]
             for layer in layers:
-                rows = self.adapter.call(layer, rows, group.prepared)
+                rows = self._call(layer, rows, group)
             done.append((group.members, rows))
             self.meter.ran(len(layers), [spans[i] for i in group.members])
         return _join(done)
@@ -111,18 +130,40 @@ class HFBackbone:
         for group in self._prepare(spans):
             rows = torch.stack([parts[i] for i in group.members])
             for layer in layers:
-                store = group.prepared.cache.layers[layer]
+                store = self._store(layer, group)
                 store.only_fill = True
                 with suppress(FilledError):
-                    self.adapter.call(layer, rows, group.prepared)
+                    self._call(layer, rows, group)
                 store.only_fill = False
             self.meter.filled(len(layers), rows.shape[0] * rows.shape[1])
 
+    def _call(self, layer: int, rows: Tensor, group: _Group) -> Tensor:
+        last = self.shape.num_layers - 1
+        if layer <= last:
+            return self.adapter.call(layer, rows, group.prepared)
+        index = layer - last - 1
+        return self.adapter.call(last, rows, group.blocks[index], self.own.layers[index])
+
+    def _store(self, layer: int, group: _Group) -> GroupLayer:
+        index = layer - self.shape.num_layers
+        cache = group.prepared.cache if index < 0 else group.blocks[index].cache
+        found: GroupLayer = cache.layers[layer if index < 0 else -1]
+        return found
+
     @torch.no_grad()
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
-        """Return logits ``[N, V]`` of states ``[N, D]``; every depth shares norm and head."""
+        """Return logits ``[N, V]`` of states ``[N, D]``, by what the exit owns or all share."""
         self.meter.read(len(hidden))
-        return self.adapter.readout(hidden.to(self.model.device))  # a trace's states lie elsewhere
+        rows = self._mapped(hidden, depth)
+        if depth in self.own.heads:
+            return self._place.readout(self.own.heads[depth], rows)
+        return self.adapter.readout(rows)
+
+    def _mapped(self, hidden: Tensor, depth: int) -> Tensor:
+        hidden = hidden.to(self.model.device)  # a trace's states lie elsewhere
+        if depth in self.own.maps:
+            self.meter.mapped(len(hidden))
+        return self.own.mapped(hidden, depth)
 
     @torch.no_grad()
     def shortlist(self, tokens: Tensor) -> Readout:
@@ -132,9 +173,7 @@ class HFBackbone:
             UnsupportedModelError: the model's head cannot be stood in for.
         """
         key = tuple(tokens.tolist())
-        if key not in self.cheap:
-            self.cheap[key] = self._place.shortlist(tokens)
-        return self._reading(self.cheap[key])
+        return self._reading(key, partial(self._place.shortlist, tokens))
 
     @torch.no_grad()
     def low_rank(self, rank: int) -> Readout:
@@ -143,19 +182,24 @@ class HFBackbone:
         Raises:
             UnsupportedModelError: the model's head cannot be stood in for.
         """
-        if rank not in self.cheap:
-            self.cheap[rank] = self._place.low_rank(rank)
-        return self._reading(self.cheap[rank])
+        return self._reading(rank, partial(self._place.low_rank, rank))
 
     @cached_property
     def _place(self) -> HeadPlace:
         return HeadPlace(self.model, self.adapter)
 
-    def _reading(self, head: nn.Module) -> Readout:
+    def _reading(self, key: Hashable, made: Callable[[nn.Linear], nn.Module]) -> Readout:
+        """Return a readout by what ``made`` makes of the shared head and of each exit's own."""
+        heads = {0: self._place.head, **self.own.heads}
+        for depth, head in heads.items():
+            if (key, depth) not in self.cheap:
+                self.cheap[key, depth] = made(head)
+
         @torch.no_grad()
-        def readout(hidden: Tensor, _depth: int) -> Tensor:
+        def readout(hidden: Tensor, depth: int) -> Tensor:
             self.meter.checked(len(hidden))
-            return self._place.readout(head, hidden.to(self.model.device))
+            head = self.cheap[key, depth if depth in self.own.heads else 0]
+            return self._place.readout(head, self._mapped(hidden, depth))
 
         return readout
 
@@ -163,9 +207,7 @@ class HFBackbone:
         """Ask the model what its layers need for these rows; the last answer is kept."""
         key = tuple((id(span.text), span.start, span.stop) for span in spans)
         if key != self._key:
-            self._groups = [
-                _Group(m, self._prepared([spans[i] for i in m])) for m in self._split(spans)
-            ]
+            self._groups = [self._group(m, [spans[i] for i in m]) for m in self._split(spans)]
             self._key = key
         return self._groups
 
@@ -178,13 +220,20 @@ class HFBackbone:
             by_rows[len(span)].append(i)
         return list(by_rows.values())
 
-    def _prepared(self, spans: list[Span]) -> Prepared:
+    def _group(self, members: list[int], spans: list[Span]) -> _Group:
         device = self.model.device
         starts, rows = [span.start for span in spans], len(spans[0])
         ids = torch.tensor([span.ids for span in spans], device=device)
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(rows, device=device)
-        cache = group_cache([span.text.slot for span in spans], starts, rows)
-        return self.adapter.prepare(ids, positions, padding_mask(starts, rows, device), cache)
+        depth, slots = self.shape.num_layers, [span.text.slot for span in spans]
+        cache = group_cache([slot[:depth] for slot in slots], starts, rows)
+        mask = padding_mask(starts, rows, device)
+        prepared = self.adapter.prepare(ids, positions, mask, cache)
+        blocks = [
+            standing_in(prepared, GroupLayer(stores, starts, rows))
+            for stores in zip(*(slot[depth:] for slot in slots), strict=True)
+        ]
+        return _Group(members, prepared, blocks)
 
 
 def _join(parts: list[tuple[list[int], Tensor]]) -> Tensor:
@@ -193,14 +242,20 @@ def _join(parts: list[tuple[list[int], Tensor]]) -> Tensor:
     return torch.cat([rows[i] for i in range(len(rows))])
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel, readouts: Mapping[int, ExitReadout] | None = None) -> str:
     """Return a hash of the architecture and of a few weights of every parameter (16 hex digits).
 
     It tells models apart, it does not certify them: 32 values of each parameter, rounded to bf16,
-    so that the same checkpoint has one fingerprint in fp32 and in bf16.
+    so that the same checkpoint has one fingerprint in fp32 and in bf16. Readouts that exits own
+    count as parameters; without any, it is the model's alone.
     """
     digest = hashlib.sha256(type(model).__name__.encode())
-    for name, parameter in model.named_parameters():
+    owned = [
+        (f"{depth}.{readout.kind}.{name}", readout.tensors[name])
+        for depth, readout in sorted((readouts or {}).items())
+        for name in sorted(readout.tensors)
+    ]
+    for name, parameter in [*model.named_parameters(), *owned]:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         sample = parameter.detach().flatten()[:32].to("cpu", torch.bfloat16)
         digest.update(sample.view(torch.int16).numpy().tobytes())

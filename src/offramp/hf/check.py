@@ -102,6 +102,38 @@ def alone(
     )
 
 
+def check_own(backbone: HFBackbone) -> None:
+    """Run each exit that owns a readout: a text in two steps is the text in one.
+
+    Raises:
+        UnsupportedModelError: it is not, or its readout cannot be run.
+    """
+    name, ids = type(backbone.model).__name__, probe_ids(backbone.shape.vocab_size)
+    for depth in sorted({*backbone.blocks, *backbone.apart}):
+        try:
+            whole = read_at(backbone, depth, ids, first=1)
+            worst = _difference(read_at(backbone, depth, ids, first=7), whole[6:])
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{name} cannot run what exit {depth} owns: {_reason(error)}"
+            ) from error
+        bound = _TOLERANCE.get(whole.dtype, 5e-2) * max(whole.abs().max().item(), 1.0)
+        if not worst <= bound:  # also catches NaN
+            raise UnsupportedModelError(
+                f"{name} gives other logits at exit {depth} step by step than at once (off by "
+                f"{worst:.2g} where {bound:.2g} is allowed)"
+            )
+
+
+def read_at(backbone: Backbone, depth: int, ids: list[int], *, first: int) -> Tensor:
+    """Return one exit's logits ``[T - first + 1, V]``, of ``first`` tokens and of the others."""
+    text = Text(ids[:first], backbone.open())
+    last = step(backbone, [text], layers=range(depth)).logits
+    text.ids += ids[first:]
+    others = step(backbone, [text], layers=range(depth), tails=[len(ids) - first]).logits
+    return torch.cat((last, others))
+
+
 def _batch_agrees(backbone: HFBackbone, ids: list[int], expected: Tensor, bound: float) -> bool:
     """Return whether texts of different length can share a call."""
     backbone.batched = True

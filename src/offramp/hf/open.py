@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -10,17 +12,23 @@ from transformers import PreTrainedModel
 from offramp.backbone import Shape
 from offramp.errors import UnsupportedModelError
 from offramp.hf.adapter import Adapter
-from offramp.hf.backbone import HFBackbone
-from offramp.hf.check import check
+from offramp.hf.backbone import HFBackbone, fingerprint
+from offramp.hf.check import check, check_own
+from offramp.hf.own import own
+from offramp.readouts import ExitReadout
+
+_NONE: Mapping[int, ExitReadout] = MappingProxyType({})
 
 
-def open_model(model: PreTrainedModel) -> HFBackbone:
+def open_model(model: PreTrainedModel, readouts: Mapping[int, ExitReadout] = _NONE) -> HFBackbone:
     """Open a causal LM for depth-adaptive running, and check it against itself.
 
     Args:
         model: any Hugging Face causal LM; put into evaluation mode, otherwise untouched.
+        readouts: what exits own, by depth; the others share the last norm and head.
 
     Raises:
+        OfframpError: a readout does not fit the model.
         UnsupportedModelError: it cannot be run layer by layer with the same result.
     """
     model.eval()
@@ -36,6 +44,10 @@ def open_model(model: PreTrainedModel) -> HFBackbone:
     adapter = Adapter(model)
     backbone = HFBackbone(model, adapter, _shape(model, adapter))
     check(backbone)
+    if readouts:  # full depth, which the check is of, never touches them
+        backbone.give(own(model, adapter, readouts))
+        backbone.fingerprint = fingerprint(model, readouts)
+        check_own(backbone)
     return backbone
 
 
@@ -77,6 +89,7 @@ def _shape(model: PreTrainedModel, adapter: Adapter) -> Shape:
         bytes_per_weight=next(model.parameters()).element_size(),
         kv_bytes=next(model.parameters()).element_size(),
         head_bytes_per_weight=next(model.parameters()).element_size(),
+        map_bytes_per_weight=next(model.parameters()).element_size(),
     )
 
 

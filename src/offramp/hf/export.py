@@ -1,0 +1,176 @@
+"""Writes the first layers of a model as an ordinary checkpoint that loads with nothing of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from offramp.batch import Text
+from offramp.card import Card
+from offramp.errors import OfframpError, UnsupportedModelError
+from offramp.files import write_folder
+from offramp.hf.backbone import HFBackbone
+from offramp.hf.check import probe_ids
+from offramp.hf.load import line, load_checkpoint, quiet
+from offramp.paths import prefix
+from offramp.step import step
+
+_TOLERANCE = {torch.float32: 1e-5}
+"""Largest difference from the exit's logits, as a share of the largest; half precisions: 2e-2.
+
+On one machine they are the same to the last bit, as the tests hold; kernels may depend on where in
+memory a weight lies.
+"""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    depth: int
+    num_layers: int
+    parameters: int
+    bytes: int
+    """Of the weights on disk."""
+
+
+def export(
+    backbone: HFBackbone,
+    tokenizer: Any,
+    depth: int,
+    folder: Path,
+    *,
+    card: Card | None = None,
+    trust_remote_code: bool = False,
+) -> Exported:
+    """Write the sub-model of the first ``depth`` layers, read back and compared before it counts.
+
+    It holds the first layers, embedding, norm, head, tokenizer and generation settings, in the
+    model's own precision. The folder is whole or not there.
+
+    Args:
+        backbone: the model, opened; not changed.
+        tokenizer: its tokenizer.
+        depth: layers to keep.
+        folder: where to write; not there yet, or empty.
+        card: how the model was tuned, if it was.
+        trust_remote_code: run modelling code that came with the checkpoint, to compare.
+
+    Raises:
+        UsageError: depth outside 1 to L, or something is in the folder.
+        UnsupportedModelError: the cut model is not the model's exit at this depth.
+        OfframpError: it cannot be written.
+    """
+    prefix(depth, backbone.shape.num_layers)
+    _must_be_plain(card, depth, backbone.shape.num_layers)
+    ids = probe_ids(backbone.shape.vocab_size)
+    text = Text(list(ids), backbone.open())
+    expected = step(backbone, [text], layers=prefix(depth, depth), tails=[len(ids)]).logits
+    name = f"{type(backbone.model).__name__} cut to {depth} layers"
+    try:
+        small = _cut(backbone, depth)
+    except Exception as error:  # a configuration may hold to its old number of layers in any way
+        raise UnsupportedModelError(f"{name} is no model: {line(error)}") from error
+
+    def write(beside: Path) -> None:
+        _save(small, tokenizer, beside)
+        try:
+            found = _said(beside, ids, trust_remote_code)
+        except OfframpError as error:
+            raise UnsupportedModelError(f"{name} does not load: {error}") from error
+        _must_agree(found, expected, name)
+
+    write_folder(folder, write)
+    return Exported(
+        depth,
+        backbone.shape.num_layers,
+        sum(p.numel() for p in small.parameters()),
+        sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+    )
+
+
+def _must_be_plain(card: Card | None, depth: int, num_layers: int) -> None:
+    """Refuse an exit that is read out by something an ordinary checkpoint has no place for."""
+    kind = "shared" if card is None else card.readouts.get(depth, "shared")
+    if kind != "shared" and depth < num_layers:
+        raise UnsupportedModelError(
+            f"exit {depth} is read out by a {kind} of its own, which an ordinary checkpoint of "
+            f"{depth} layers has no place for; export another depth"
+        )
+
+
+def _cut(backbone: HFBackbone, depth: int) -> PreTrainedModel:
+    """Return a model of the first layers that shares this one's weights; it can only be saved."""
+    model, layers = backbone.model, backbone.adapter.layers
+    with quiet(), torch.device("meta"):
+        small: PreTrainedModel = type(model)(_cut_config(model.config, depth))
+    place = next(name for name, module in model.named_modules() if module is layers)
+    dropped = tuple(f"{place}.{index}." for index in range(depth, len(layers)))
+    weights = model.state_dict().items()
+    kept = {key: value for key, value in weights if not key.startswith(dropped)}
+    small.load_state_dict(kept, assign=True)  # strict: the cut configuration has just these weights
+    small.tie_weights()
+    small.generation_config = model.generation_config
+    return small.eval()
+
+
+def _cut_config(config: Any, depth: int) -> Any:
+    """Return a configuration of the first layers, with what it says of each layer cut as well."""
+    inner, facts = config.get_text_config(decoder=True), config.to_dict()
+    where = facts
+    if inner is not config:
+        [part] = [key for key in config.sub_configs if getattr(config, key) is inner]
+        where = facts[part]
+    for key, value in where.items():
+        if key not in _NOT_LAYERS:
+            where[key] = _cut_fact(value, inner.num_hidden_layers, depth)
+    where[inner.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = depth
+    return type(config).from_dict(facts)
+
+
+def _cut_fact(value: Any, count: int, depth: int) -> Any:
+    """Return the entries of the first layers, of a list of all or a table by layer."""
+    if isinstance(value, list) and len(value) == count:
+        return value[:depth]
+    if isinstance(value, dict) and value and all(str(key).isdecimal() for key in value):
+        return {key: entry for key, entry in value.items() if int(key) < depth}
+    return value
+
+
+_NOT_LAYERS = {"architectures", "id2label", "bos_token_id", "eos_token_id", "pad_token_id"}
+"""Lists that may be as long as the model is deep, but by chance."""
+
+
+def _save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    with quiet():
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except SafetensorError as error:  # safetensors has its own words for a full disk
+            raise OSError(str(error)) from error
+        except ValueError as error:  # generation settings that contradict each other
+            raise OfframpError(f"the checkpoint cannot be written: {line(error)}") from error
+
+
+def _said(folder: Path, ids: list[int], trust_remote_code: bool) -> Tensor:
+    """Return the logits ``[T, V]`` of the checkpoint that was written."""
+    model, _, _ = load_checkpoint(str(folder), weights="own", trust_remote_code=trust_remote_code)
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    return logits
+
+
+def _must_agree(logits: Tensor, expected: Tensor, name: str) -> None:
+    bound = _TOLERANCE.get(expected.dtype, 2e-2) * max(expected.abs().max().item(), 1.0)
+    off = (logits - expected).abs().max().item()
+    if logits.dtype != expected.dtype or not off <= bound:  # also catches NaN
+        raise UnsupportedModelError(
+            f"{name} is not the exit at that depth (off by {off:.2g} where {bound:.2g} is "
+            "allowed): something in it depends on the number of layers"
+        )

@@ -1,0 +1,143 @@
+"""Opens whatever tuning makes: a checkpoint, an adapter merged into its base, readouts over one.
+
+The base that a card names is opened by the same guarded functions as a model that the user names:
+no pickle is read, and no code of a checkpoint is run unless it was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from offramp.card import CARD, GATES, READOUTS, Card, read_card
+from offramp.errors import OfframpError
+from offramp.hf.backbone import fingerprint
+from offramp.hf.load import DEFAULT_MODEL, Weights, load_checkpoint, quiet, read_tokenizer
+from offramp.hf.lora import ADAPTER_CONFIG, base_of, merged
+from offramp.readouts import ExitReadout, read_readouts
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A model ready to be opened, tuned or not."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+    """To show, and to be opened by again."""
+    card: Card | None = None
+    readouts: Mapping[int, ExitReadout] = field(default_factory=dict)
+    """By depth, what reads that exit out; an exit that is not here has the model's own head."""
+
+
+def load_tuned(
+    name: str | None, *, weights: Weights = "fp32", trust_remote_code: bool = False
+) -> Tuned:
+    """Load a model of any form, in evaluation mode.
+
+    Args:
+        name: hub id, local folder or GGUF file; None for SmolLM2-135M-Instruct.
+        weights: precision of the weights in memory.
+        trust_remote_code: run modelling code that comes with the checkpoint, or with its base.
+
+    Raises:
+        OfframpError: it cannot be found or read, its base is another model, or its card tells of
+            layers that it does not have.
+        UnsupportedModelError: it is no causal LM.
+    """
+    if is_whole(name):
+        model, tokenizer, shown = load_checkpoint(
+            name, weights=weights, trust_remote_code=trust_remote_code
+        )
+        card = None if name is None else read_card(Path(name))
+    else:
+        shown = str(name)
+        folder = Path(shown)
+        card = read_card(folder)
+        model, tokenizer = _over_base(folder, card, weights, trust_remote_code)
+    if card is None:
+        return Tuned(model, tokenizer, shown)
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if max((*card.exits, *card.readouts), default=0) > layers:
+        raise OfframpError(
+            f"the card of {shown} names exit {max(*card.exits, *card.readouts)} of a model of "
+            f"{layers} layers; it belongs to another model"
+        )
+    return Tuned(model, tokenizer, shown, card, _readouts(Path(shown), card))
+
+
+def is_whole(name: str | None) -> bool:
+    """Say whether this is a checkpoint by itself, not an adapter or readouts over a base model."""
+    if name is None or not Path(name).is_dir():
+        return True
+    parts = {file.name for file in Path(name).iterdir()}
+    return ADAPTER_CONFIG not in parts and ("config.json" in parts or CARD not in parts)
+
+
+def _over_base(
+    folder: Path, card: Card | None, weights: Weights, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Any]:
+    """Return the base model, with the folder's adapter merged if there is one, and a tokenizer."""
+    adapter = (folder / ADAPTER_CONFIG).is_file()
+    if not adapter and not any((folder / name).is_file() for name in (READOUTS, GATES)):
+        raise OfframpError(f"{folder} holds a card, but no weights, adapter, {READOUTS} or {GATES}")
+    base = card.base.name if card else base_of(folder)
+    model, tokenizer, _ = load_checkpoint(
+        None if base == DEFAULT_MODEL else base,
+        # An adapter is added in full precision: rounded before and after would be another model.
+        weights="fp32" if adapter and weights == "bf16" else weights,
+        trust_remote_code=trust_remote_code,
+    )
+    if card is not None and fingerprint(model) != card.base.fingerprint:
+        raise OfframpError(
+            f"{folder} was tuned on {base!r} with fingerprint {card.base.fingerprint}, but what "
+            f"{base!r} opens now has fingerprint {fingerprint(model)}: it is another base model"
+        )
+    with quiet():
+        if (folder / "tokenizer_config.json").is_file():  # tuning may have taught it a template
+            tokenizer = read_tokenizer(
+                str(folder), str(folder), trust_remote_code=trust_remote_code
+            )
+        if adapter:
+            model = _added(model, folder, weights)
+    return model, tokenizer
+
+
+def _added(model: PreTrainedModel, folder: Path, weights: Weights) -> PreTrainedModel:
+    """Return the model with the folder's adapter in its weights, in the precision asked for."""
+    named = partial(model.named_parameters, remove_duplicate=False)  # an adapter may part them
+    own = {name: p.dtype for name, p in named()}
+    if weights == "bf16":
+        full = tuple(model._keep_in_fp32_modules_strict or ())
+        own = {n: d if any(m in n for m in full) else torch.bfloat16 for n, d in own.items()}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+    model = merged(model, folder)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(own[name])
+    return model
+
+
+def _readouts(folder: Path, card: Card) -> dict[int, ExitReadout]:
+    """Return what reads each exit out, by depth, where that is not the model's own head."""
+    named = {depth: kind for depth, kind in card.readouts.items() if kind != "shared"}
+    path = folder / READOUTS
+    if not named and not path.is_file():
+        return {}
+    if not path.is_file():
+        raise OfframpError(
+            f"{folder}: exit {min(named)} has a readout of its own, but no {READOUTS}"
+        )
+    found = read_readouts(path)
+    if {depth: readout.kind for depth, readout in found.items()} != named:
+        raise OfframpError(
+            f"{path} holds the readouts of exits {sorted(found)}, and the card beside it tells of "
+            f"{sorted(named)}, or of others there"
+        )
+    return found

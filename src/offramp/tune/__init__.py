@@ -1,0 +1,1 @@
+"""Teaches the intermediate layers to speak: data, recipes, the trainer and what comes out."""

@@ -1,0 +1,157 @@
+"""The losses of many exits over one batch, in chunks of rows. Knows no model and no recipe.
+
+A vocabulary of 49,152 makes a row's logits 85 times as wide as its state in the default model, so
+they are made for a chunk of rows at one exit, turned into gradients at once, and thrown away: the
+peak does not grow with the number of exits, and no product is computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Reader = Callable[[Tensor], Tensor]
+"""States ``[n, D]`` to logits ``[n, V]``."""
+
+CHUNK = 512
+"""Rows whose logits exist at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """What one depth is trained on: ``hard * CE(labels) + soft * KL(teacher || exit)`` per row."""
+
+    depth: int
+    rows: Tensor
+    """``[N, D]``, states after so many layers, with their graph."""
+    read: Reader
+    hard: float
+    soft: float
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """Sums over the rows of a batch; divide by how many rows a step has."""
+
+    total: Tensor
+    """Scalar with a graph: what is minimised."""
+    hard: dict[int, float]
+    """Cross-entropy with the labels in nats, by depth, of every term that weighs it."""
+    soft: dict[int, float]
+    """Divergence of the exit from its teacher in nats, by depth, likewise."""
+
+
+def exit_losses(
+    terms: Sequence[Term],
+    labels: Tensor,
+    parameters: Sequence[nn.Parameter],
+    teacher: tuple[Tensor, Reader] | None = None,
+    chunk: int = CHUNK,
+) -> Losses:
+    """Return the weighted loss of all terms; its gradients equal those of the naive computation.
+
+    Args:
+        terms: one per depth, over the same N rows.
+        labels: ``[N]`` int64, the token each row should say.
+        parameters: those that the terms' readers use and that are trained.
+        teacher: states ``[N, D]`` and what reads them, for terms with a soft weight.
+        chunk: rows whose logits exist at once.
+    """
+    sums = {index: [0.0, 0.0] for index in range(len(terms))}
+    total: Tensor = _Fused.apply(  # type: ignore[no-untyped-call]
+        _Work(terms, labels, parameters, teacher, chunk, sums),
+        *(term.rows for term in terms),
+        *parameters,
+    )
+    hard = {term.depth: sums[i][0] for i, term in enumerate(terms) if term.hard}
+    soft = {term.depth: sums[i][1] for i, term in enumerate(terms) if term.soft}
+    return Losses(total, hard, soft)
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    terms: Sequence[Term]
+    labels: Tensor
+    parameters: Sequence[nn.Parameter]
+    teacher: tuple[Tensor, Reader] | None
+    chunk: int
+    sums: dict[int, list[float]]
+
+
+class _Fused(torch.autograd.Function):
+    """Computes the gradients on the way forward, while a chunk's logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, work: _Work, *inputs: Tensor) -> Tensor:
+        states = inputs[: len(work.terms)]
+        wanted = [*(state.requires_grad for state in states), *([True] * len(work.parameters))]
+        gradients = [
+            torch.zeros_like(tensor) if asked else None
+            for tensor, asked in zip(inputs, wanted, strict=True)
+        ]
+        total = work.labels.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(work.labels), work.chunk):
+            part = slice(start, start + work.chunk)
+            taught = _taught(work, part)
+            for index, term in enumerate(work.terms):
+                total += _accumulate(work, index, term, part, taught, gradients)
+        ctx.save_for_backward(*(g for g in gradients if g is not None))
+        ctx.asked = [g is not None for g in gradients]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        saved = iter(ctx.saved_tensors)
+        return None, *(next(saved) * upstream if asked else None for asked in ctx.asked)
+
+
+def _taught(work: _Work, part: slice) -> Tensor | None:
+    """Return the teacher's log-probabilities ``[n, V]`` of these rows, if they are asked for."""
+    if work.teacher is None or not any(term.soft for term in work.terms):
+        return None
+    states, read = work.teacher
+    with torch.no_grad():
+        return torch.log_softmax(read(states[part].detach()), -1, dtype=torch.float32)
+
+
+def _accumulate(
+    work: _Work,
+    index: int,
+    term: Term,
+    part: slice,
+    taught: Tensor | None,
+    gradients: list[Tensor | None],
+) -> Tensor:
+    """Add one chunk's gradients of one term, and return its weighted loss."""
+    with torch.enable_grad():
+        rows = term.rows[part].detach().requires_grad_()
+        logits = term.read(rows)
+    labels = work.labels[part]
+    logs = torch.log_softmax(logits.detach(), -1, dtype=torch.float32)  # [n, V]
+    hard = -logs.gather(1, labels[:, None]).sum()
+    soft = logs.new_zeros(())
+    if term.soft:
+        assert taught is not None, "a soft term needs a teacher"
+        likely = taught.exp()
+        soft = (likely * (taught - logs)).sum()
+    slope = logs.exp_().mul_(term.hard + term.soft)  # d loss / d logits, [n, V]
+    slope.scatter_add_(1, labels[:, None], slope.new_full((len(labels), 1), -term.hard))
+    if term.soft:
+        slope.sub_(likely.mul_(term.soft))
+    found = torch.autograd.grad(
+        logits, [rows, *work.parameters], slope.to(logits.dtype), allow_unused=True
+    )
+    own, *shared = found
+    if (kept := gradients[index]) is not None:
+        kept[part] = own
+    for kept, gradient in zip(gradients[len(work.terms) :], shared, strict=True):
+        if kept is not None and gradient is not None:
+            kept += gradient
+    sums = work.sums[index]
+    sums[0] += hard.item()
+    sums[1] += soft.item()
+    return term.hard * hard + term.soft * soft

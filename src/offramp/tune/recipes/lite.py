@@ -1,0 +1,24 @@
+"""LITE: losses of the exits and of the last layer, through the shared norm and head.
+
+Varshney et al. 2024, section 3: the sum of ``w_i L_i`` over exits and last layer, divided by the
+sum of the weights, all of them 1.
+"""
+
+from __future__ import annotations
+
+from offramp.tune.losses import Losses
+from offramp.tune.network import Net
+from offramp.tune.packing import Batch
+from offramp.tune.recipes import Moment
+from offramp.tune.recipes._teach import teach
+
+
+def trainable(net: Net) -> None:
+    """Train the whole model."""
+    net.train_model()
+
+
+def loss(net: Net, batch: Batch, moment: Moment) -> Losses:
+    """Return the normalised sum over exits and last layer."""
+    depths = (*net.exits, net.num_layers)
+    return teach(net, batch, dict.fromkeys(depths, 1 / len(depths)), moment)

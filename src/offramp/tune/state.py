@@ -1,0 +1,201 @@
+"""The state of a run on disk: written beside and renamed, so that a kill costs a few steps.
+
+Trained weights and the optimiser's averages as safetensors, the rest as JSON. Nothing random is
+stored: what a step draws follows from its number.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from offramp.errors import OfframpError
+from offramp.files import write_tensors, write_text
+
+_FORMAT = 1
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FOLDER, _FACTS, _WEIGHTS, _OPTIMISER = (
+    "state",
+    "state.json",
+    "weights.safetensors",
+    "optimiser.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is, so that only the same one goes on from its state."""
+
+    settings: Mapping[str, Any]
+    data: Mapping[str, str]
+    """SHA-256 by file name."""
+    model: str
+    """Fingerprint of the model that tuning starts from."""
+
+    def must_equal(self, other: Run, folder: Path) -> None:
+        """Refuse to go on from another run's state.
+
+        Raises:
+            OfframpError: model, data or settings differ; the first difference is named.
+        """
+        again = f"name another --out, or remove {folder}"
+        if self.model != other.model:
+            raise OfframpError(
+                f"{folder} holds a run that began from another model (fingerprint {other.model}, "
+                f"not {self.model}); {again}"
+            )
+        changed = [n for n in {*self.data, *other.data} if self.data.get(n) != other.data.get(n)]
+        if changed:
+            raise OfframpError(
+                f"{folder} holds a run on other data: {min(changed)} has changed since; {again}"
+            )
+        for name in sorted({*self.settings, *other.settings}):
+            ours, theirs = self.settings.get(name), other.settings.get(name)
+            if ours != theirs:
+                raise OfframpError(
+                    f"{folder} holds a run with another {name} ({theirs}, not {ours}); {again}"
+                )
+
+
+def save_state(
+    folder: Path, run: Run, step: int, trained: dict[str, nn.Parameter], optimiser: Any, main: bool
+) -> None:
+    """Write the state after ``step`` steps in place of the one before.
+
+    Args:
+        folder: the run's output folder.
+        run: what it is.
+        step: optimiser steps done.
+        trained: what is trained, by name.
+        optimiser: an AdamW over these.
+        main: whether this process writes; the others only give their shards.
+
+    Raises:
+        OfframpError: it cannot be written; the state before is still there.
+    """
+    weights = {name: _whole(parameter.detach()) for name, parameter in trained.items()}
+    states = {name: optimiser.state.get(p, {}) for name, p in trained.items()}
+    moments = {
+        f"{moment}.{name}": _whole(state[moment])
+        for name, state in states.items()
+        if state
+        for moment in _MOMENTS
+    }
+    # Only what has had a gradient has averages, and a count of its own.
+    counts = {name: int(state["step"]) for name, state in states.items() if state}
+    if not main:
+        return
+    place, beside = folder / _FOLDER, folder / f".{_FOLDER}.part"
+    facts = {
+        "format": _FORMAT,
+        "step": step,
+        "model": run.model,
+        "data": dict(run.data),
+        "settings": dict(run.settings),
+        "counts": counts,
+    }
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        write_tensors(beside / _WEIGHTS, weights, {})
+        write_tensors(beside / _OPTIMISER, moments, {})
+        write_text(beside / _FACTS, json.dumps(facts, indent=1))
+        _swap(beside, place)
+    except OSError as error:
+        raise OfframpError(
+            f"the state of the run cannot be written to {folder}: {error.strerror or error}; the "
+            "last one written is still there, and the same command goes on from it"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _swap(new: Path, place: Path) -> None:
+    """Put a folder in the place of another; killed in between, ``find`` sees the old one."""
+    old = place.with_name(f".{_FOLDER}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find_state(folder: Path) -> Path | None:
+    """Return the folder of the last whole state of a run, or None where there is none."""
+    for place in (folder / _FOLDER, folder / f".{_FOLDER}.old"):
+        if (place / _FACTS).is_file():
+            return place
+    return None
+
+
+def load_state(place: Path, run: Run, trained: dict[str, nn.Parameter], optimiser: Any) -> int:
+    """Put a run's weights and averages back and return how many steps were done.
+
+    Raises:
+        OfframpError: it is of another run, broken, or does not match what is trained.
+    """
+    try:
+        facts = json.loads((place / _FACTS).read_text(encoding="utf-8"))
+        if facts["format"] != _FORMAT:
+            raise OfframpError(f"{place} has format {facts['format']}, not {_FORMAT}")
+        written = Run(facts["settings"], facts["data"], facts["model"])
+        run.must_equal(written, place.parent)
+        weights, moments = load_file(place / _WEIGHTS), load_file(place / _OPTIMISER)
+        step, counts = int(facts["step"]), dict(facts["counts"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise OfframpError(f"{place} is no state of a run: {error}") from error
+    _must_match(place, trained, weights, moments, counts)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(_like(weights[name], parameter))
+            if name in counts:
+                state = {m: _like(moments[f"{m}.{name}"], parameter) for m in _MOMENTS}
+                count = torch.tensor(float(counts[name]))
+                optimiser.state[parameter] = {"step": count, **state}
+    return step
+
+
+def _must_match(
+    place: Path,
+    trained: dict[str, nn.Parameter],
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    counts: dict[str, int],
+) -> None:
+    wanted = {name: parameter.shape for name, parameter in trained.items()}
+    averages = {f"{m}.{n}": wanted[n] for n in counts if n in wanted for m in _MOMENTS}
+    if {n: t.shape for n, t in weights.items()} != wanted or not {*counts} <= {*wanted}:
+        raise OfframpError(f"the weights in {place} are not those that this recipe trains")
+    if {n: t.shape for n, t in moments.items()} != averages:
+        raise OfframpError(f"the optimiser's state in {place} does not match the weights beside it")
+
+
+def clear_state(folder: Path) -> None:
+    """Remove what only a run that is not finished needs."""
+    for name in (_FOLDER, f".{_FOLDER}.old", f".{_FOLDER}.part"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that may be sharded over processes, on the CPU."""
+    gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return gathered.cpu().contiguous()
+
+
+def _like(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
+    """Return a tensor held as a parameter is: on its device, sharded as it is."""
+    moved = tensor.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(moved, parameter.device_mesh, parameter.placements)
+    return moved.clone()
