@@ -112,10 +112,16 @@ def clock(record: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {row['median']:.2f} ({row['low']:.2f}-{row['high']:.2f}) | {said} |"
         )
+    lines += ["", "| an exit that nobody takes | median (95% interval of it) |", "|---|---:|"]
+    lines += [
+        f"| {name} | {row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f}) |"
+        for name, row in record["checks"].items()
+    ]
     agreement = ", ".join(f"{form} {share:.1%}" for form, share in record["agreement"].items())
     return "\n".join(lines) + (
         f"\n\n{record['model']}, {record['weights']}, {record['machine']['threads']} threads, "
-        f"{record['rounds']} rounds. Greedy choices equal to the generic backbone's in fp32, "
+        f"{record['rounds']} rounds, {record['pairs']} for exits. Greedy choices equal to the "
+        "generic backbone's in fp32, "
         f"teacher-forced on 1,024 tokens: {agreement}. Second start of the process to its first "
         f"token: {record['second_start_seconds']:.1f} s. Written by `{record['command']}`."
     )

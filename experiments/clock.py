@@ -4,13 +4,16 @@
 
 Every round times one step of every contestant in turn (A B C ... A B C ...), after a look that
 brings its weights where a step finds them; ratios are medians of ratios within a round, so that a
-busy machine changes them little. ``offramp bench`` times whole answers, and other engines.
+busy machine changes them little. What one exit check costs is a few per cent of a step, so checks
+are timed apart: on one text, step by step, in an order drawn anew for every round.
+``offramp bench`` times whole answers, and other engines.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -20,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -41,6 +45,9 @@ from offramp.timing import Constants, constants
 from offramp.trace import record
 
 EXIT = 12
+PAIRS = 600
+"""Rounds for what an exit check costs."""
+RESAMPLES = 2000
 SHORT = 8192
 """Entries of the head of a sub-model."""
 
@@ -93,7 +100,8 @@ def main() -> None:
     contestants = _contestants(backbone, prompt)
     ceilings = _race(list(contestants.values()), known, options.rounds)
     figures = _figures(contestants, backbone, ceilings)
-    for name, figure in figures.items():
+    checks = _checks(backbone, prompt, known)
+    for name, figure in {**figures, **checks}.items():
         print(f"{name:62} {figure}")
     finish(
         {
@@ -104,6 +112,8 @@ def main() -> None:
             "seed": 0,
             **environment(),
             "figures": figures,
+            "pairs": PAIRS,
+            "checks": checks,
             "milliseconds": {
                 name: {
                     "median": 1e3 * statistics.median(one.seconds),
@@ -138,8 +148,6 @@ def _contestants(backbone: Backbone, ids: list[int]) -> dict[str, Contestant]:
     add("five rows", rows=5)
     add("context 4096", context=4096)
     add("context 4096, first 12", context=4096, layers=first)
-    for name, check, policy in _never(backbone, ids):
-        add(f"check {name}", policy=policy, look=check.look(backbone), check=check)
     add("leave at 12, copied", policy=fixed(EXIT), kv="copy")
     add("sixteen", context=96, batch=16)
     half = [i % 2 == 0 for i in range(16)]
@@ -151,11 +159,48 @@ def _never(backbone: Backbone, ids: list[int]) -> list[tuple[str, Check, Policy]
     """Return checks at one exit whose threshold nothing reaches: only the asking costs."""
     gates = fit_gate(record(backbone, [(ids[:256], 1)], [EXIT], keep_hidden=True))
     asked = Threshold("max_prob", ((EXIT, math.inf),))
-    heads: list[Check] = [FULL_HEAD, Shortlist(size=2048), Shortlist(size=4096), LowRank(rank=32)]
+    heads: list[Check] = [
+        FULL_HEAD,
+        *(Shortlist(size=size) for size in (1024, 2048, 4096)),
+        LowRank(rank=32),
+    ]
     return [
         *((str(check), check, asked) for check in heads),
         ("gate", FULL_HEAD, Gate(gates, ((EXIT, math.inf),))),
     ]
+
+
+def _checks(
+    backbone: Backbone, ids: list[int], known: Constants
+) -> dict[str, dict[str, float | None]]:
+    """Return what one exit that nobody takes adds to a step, in layers, each with its interval."""
+    texts = [Text(ids[:256], backbone.open())]
+    step(backbone, texts)
+    first = Contestant("first", backbone, texts, options={"layers": range(EXIT)})
+    without = Contestant("without", backbone, texts)
+    asked = [
+        Contestant(name, backbone, texts, options={"policy": policy, "look": check.look(backbone)})
+        for name, check, policy in _never(backbone, ids)
+    ]
+    order, draw = [first, without, *asked], random.Random(0)
+    for _ in tqdm(range(PAIRS), unit="round", leave=False):
+        for one in draw.sample(order, len(order)):
+            one.seconds.append(one.look(known))
+    depth, full = backbone.shape.num_layers - EXIT, np.array(without.seconds)
+    layer = (full - np.array(first.seconds)) / depth
+    return {
+        f"one check {one.name}, in layers": _paired(np.array(one.seconds) - full, layer)
+        for one in asked
+    }
+
+
+def _paired(added: np.ndarray, layer: np.ndarray) -> dict[str, float | None]:
+    """Return the ratio of the medians, and the 95% interval of it over resampled rounds."""
+    chosen = np.random.default_rng(0).integers(len(added), size=(RESAMPLES, len(added)))
+    drawn = np.median(added[chosen], 1) / np.median(layer[chosen], 1)
+    low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
+    middle = float(np.median(added) / np.median(layer))
+    return {"median": middle, "low": low, "high": high, "predicted": None}
 
 
 def _race(contestants: Sequence[Contestant], known: Constants, rounds: int) -> list[float]:
@@ -181,9 +226,6 @@ def _figures(
     read = shape.layer_weights * deep * shape.bytes_per_weight
     read += shape.head_weights * shape.head_bytes_per_weight
     read += 256 * deep * shape.kv_weights / shape.hidden_size * shape.kv_bytes
-    layer = [
-        (a - b) / (deep - EXIT) for a, b in zip(full.seconds, all_["first 12"].seconds, strict=True)
-    ]
 
     def ratio(over: str, under: str) -> dict[str, float | None]:
         a, b = all_[over], all_[under]
@@ -191,14 +233,6 @@ def _figures(
             [x / y for x, y in zip(a.seconds, b.seconds, strict=True)], a.predicted / b.predicted
         )
 
-    checks = {
-        f"one {name}, in layers": _told(
-            [(x - y) / z for x, y, z in zip(one.seconds, full.seconds, layer, strict=True)],
-            None,
-        )
-        for name, one in all_.items()
-        if name.startswith("check")
-    }
     return {
         "full depth / first 12 of 30": ratio("full", "first 12"),
         "full depth / first 12 of 30, short head": ratio("full", "first 12, short head"),
@@ -212,7 +246,6 @@ def _figures(
         "share of the memory ceiling at full depth": _told(
             [read / s / c for s, c in zip(full.seconds, ceilings, strict=True)], None
         ),
-        **checks,
     }
 
 

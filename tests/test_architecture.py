@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "offramp"
 # Lower knows nothing of higher. Modules in one entry may import each other.
 ORDER = [
     ("errors", "meter", "files", "heads", "machine"),
-    ("batch", "probe", "readouts"),
+    ("batch", "probe", "readouts", "watch"),
     ("backbone",),
     ("checks",),
     ("signals",),

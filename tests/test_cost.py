@@ -34,6 +34,7 @@ from offramp.policy import Threshold
 from offramp.probe import Readout
 from offramp.request import Request, Token
 from offramp.speculate import Draft, speculate
+from offramp.watch import Ran, Watch
 
 LAW = settings(max_examples=100, deadline=None)
 
@@ -120,6 +121,16 @@ class Counting:
             self.meter.tally.layers.update(together)
             self.meter.tally.keys += sum(span.stop for span in spans)
         return hidden
+
+    def run_until(
+        self,
+        segments: Sequence[Sequence[int]],
+        hidden: Tensor,
+        spans: Sequence[Span],
+        watch: Watch,
+    ) -> Ran:
+        """Run the first segment."""
+        return Ran(self.run(segments[0], hidden, spans))
 
     def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:
         """Refuse: nothing here copies states."""

@@ -20,6 +20,8 @@ from offramp.fast.static import StaticSlot
 from offramp.hf.backbone import HFBackbone
 from offramp.hf.open import open_model
 from offramp.meter import Meter
+from offramp.policy import Policy
+from offramp.probe import Probe
 from offramp.request import Request, Token
 from tests.families import build
 
@@ -50,6 +52,9 @@ GRAPH = tuple(f"graph:{name}" for name in ("llama", "gemma2", "qwen3", "phi3", "
 """And on the one of fixed shapes, for other devices; on a CPU here."""
 
 BOTH = ("llama", "fast:llama")
+
+Multiplied = list[dict[str, tuple[int, int]]]
+"""What the kernels say: (rows, calls) by kind, per layer."""
 
 AnyBackbone = HFBackbone | FastBackbone | GraphBackbone
 
@@ -141,6 +146,28 @@ class Recorder:
         return Request(ids, count, self)
 
 
+class Asked:
+    """A policy that no backbone knows: it is asked at every exit, and remembers how often."""
+
+    bars = None
+
+    def __init__(self, policy: Policy) -> None:
+        self.exits, self.policy, self.asked = policy.exits, policy, 0
+
+    def leave(self, probe: Probe) -> Tensor:
+        """Leave as the policy does."""
+        self.asked += 1
+        return self.policy.leave(probe)
+
+
+class Told(Asked):
+    """The same, and it says what it is: a backbone may pass its exits."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy)
+        self.bars = policy.bars  # type: ignore[assignment]
+
+
 def assert_close(expected: Tensor, actual: Tensor) -> None:
     """Equal in fp32 up to the order of summation: 1e-4 of the largest logit."""
     assert expected.shape == actual.shape
@@ -228,12 +255,12 @@ def _watched(backbone: FastBackbone, rows: Rows) -> Iterator[None]:
         def call(*args: Any) -> Any:
             earlier = backbone.multiplied()
             result = inner(*args)
-            _subtract(backbone.multiplied(), earlier, rows)
+            _subtract(backbone.multiplied(), earlier, rows, exits=name == "_run")
             return result
 
         setattr(backbone, name, call)
 
-    names = ("run", "fill", "_read")
+    names = ("_run", "fill", "_read")
     try:
         for name in names:
             watch(name)
@@ -243,11 +270,14 @@ def _watched(backbone: FastBackbone, rows: Rows) -> Iterator[None]:
             backbone.__dict__.pop(name, None)
 
 
-def _subtract(later: list[dict[str, int]], earlier: list[dict[str, int]], rows: Rows) -> None:
+def _subtract(later: Multiplied, earlier: Multiplied, rows: Rows, *, exits: bool) -> None:
+    """Add what a call multiplied: a layer once, and a head once, or once at each exit of a run."""
     for index, (now, then) in enumerate(zip(later, earlier, strict=True)):
-        for kind, count in now.items():
-            if count > then[kind]:
-                rows.add(kind, index, count - then[kind])
+        for kind, (count, calls) in now.items():
+            more, looks = count - then[kind][0], calls - then[kind][1]
+            passes = looks if exits and kind in ("head", "check") else min(looks, 1)
+            for _ in range(passes):  # the same rows ask at each
+                rows.add(kind, index, more // passes)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor
 from offramp.batch import Span
 from offramp.meter import Meter
 from offramp.probe import Readout
+from offramp.watch import Ran, Watch
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,19 @@ class Backbone(Protocol):
         """Run ``hidden [N, D]`` through ``layers`` in order, appending keys and values.
 
         Every layer must hold exactly ``span.start`` positions of each span's text.
+        """
+
+    def run_until(
+        self,
+        segments: Sequence[Sequence[int]],
+        hidden: Tensor,
+        spans: Sequence[Span],
+        watch: Watch,
+    ) -> Ran:
+        """Run one or more of these segments of layers, as :meth:`run` would.
+
+        It goes on past an exit, one between two segments, only where it is certain that the policy
+        would let no asking row leave; to :meth:`run` the first segment alone is always right.
         """
 
     def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -95,6 +96,11 @@ class Flow:
         return torch.cat(
             [rows[len(rows) - n :] for rows, n in zip(self.rows(), counts, strict=True)]
         )
+
+    def last(self, chosen: Iterable[int]) -> tuple[int, ...]:
+        """Return the index of the last row of each of these spans."""
+        ends = list(accumulate(len(span) for span in self.spans))
+        return tuple(ends[i] - 1 for i in chosen)
 
     def cut(self, counts: Sequence[int]) -> tuple[Flow, Flow]:
         """Return the flow without the last ``counts[i]`` rows of each span, and that of those."""

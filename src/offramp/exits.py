@@ -84,6 +84,10 @@ class Exits:
             return readout
         return At(readout, depth) if depth <= self._first else shared(self._backbone, readout)
 
+    def own(self, asked: Sequence[int]) -> set[int]:
+        """Return where no run may go past unseen: blocks to fill, and own readouts to ask by."""
+        return {*self.blocks, *self._backbone.apart.intersection(asked)}
+
     def deeper(self, depth: int) -> list[int]:
         """Return the layers of the blocks behind ``depth``."""
         return [layer for stop, layer in self.blocks.items() if stop > depth]

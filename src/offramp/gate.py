@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from offramp.errors import OfframpError, UsageError
 from offramp.files import write_tensors
 from offramp.probe import Probe
 from offramp.trace import Trace
+from offramp.watch import Bars
 
 _FORMAT = 1
 _MOST_BYTES = 2**28
@@ -100,6 +102,13 @@ class Gate:
     def exits(self) -> tuple[int, ...]:
         """Return the depths that have a threshold."""
         return tuple(depth for depth, _ in self.thresholds)
+
+    @cached_property
+    def bars(self) -> Bars:
+        """Return the thresholds, and the gates of their exits."""
+        rows = [self.weights.exits.index(depth) for depth in self.exits]
+        gates = torch.cat((self.weights.weights, self.weights.biases[:, None]), 1)[rows]
+        return Bars("gate", self.thresholds, gates)
 
     def leave(self, probe: Probe) -> Tensor:
         """Return where the gate of this depth opens."""

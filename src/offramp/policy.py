@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from offramp.errors import UsageError
 from offramp.probe import Probe
 from offramp.signals import find, score
+from offramp.watch import Bars
 
 
 class Policy(Protocol):
@@ -21,6 +23,13 @@ class Policy(Protocol):
     @property
     def exits(self) -> tuple[int, ...]:
         """Depths at which to ask, ascending, each from 1 to L-1."""
+
+    @property
+    def bars(self) -> Bars | None:
+        """What a row must reach at each exit, so that a backbone may pass one by itself.
+
+        None, where it is no threshold of one score: ``leave`` is then asked at every exit.
+        """
 
     def leave(self, probe: Probe) -> Tensor:
         """Return ``[S]`` bool: which of the probe's rows leave here."""
@@ -67,6 +76,11 @@ class Threshold:
     def exits(self) -> tuple[int, ...]:
         """Return the depths that have a threshold."""
         return tuple(depth for depth, _ in self.thresholds)
+
+    @cached_property
+    def bars(self) -> Bars:
+        """Return the thresholds."""
+        return Bars(self.signal, self.thresholds)
 
     def leave(self, probe: Probe) -> Tensor:
         """Return where the signal reaches the threshold of this depth."""

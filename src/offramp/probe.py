@@ -63,6 +63,10 @@ class Probe:
             return self.logits
         return self.look(self.hidden, self.depth)
 
+    def show(self, seen: Tensor) -> None:
+        """Take the logits that the check looks at, ``[S, W]``, from who has computed them."""
+        self.__dict__["logits" if self.look is None else "seen"] = seen
+
     @cached_property
     def top(self) -> Tensor:
         """Return the index of each row's largest logit seen, ``[S]``."""

@@ -5,9 +5,10 @@ Knows no tokens, sampling or text; whatever decodes calls this and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from offramp.batch import Flow, Span, Text
 from offramp.exits import Exits, shared
 from offramp.policy import FULL, Policy
 from offramp.probe import Probe, Readout
+from offramp.watch import Watch
 
 KV = Literal["exact", "copy"]
 
@@ -83,24 +85,30 @@ def step(
         counts = [1] * len(texts) if tails is None else list(tails)
         chosen: list[tuple[tuple[int, ...], Probe]] = []  # who left, and what they looked like
         probe: Probe | None = None
-        asked_at = policy.exits if stay is None or not all(stay) else tuple(exits.blocks)
-        for start, stop in _segments(path, asked_at, texts):
-            flow = flow.drain(path[start])
-            flow = Flow(
-                backbone.run(path[start:stop], flow.hidden, flow.spans), flow.spans, flow.members
-            )
-            if stop == len(path):
-                break
-            if stop not in policy.exits:
-                continue
+        stop = 0
+        while flow.spans and stop < len(path):
+            flow = flow.drain(path[stop])
             asks = [stay is None or not stay[m] for m in flow.members]
-            rows = exits.states(flow, stop, [int(one) for one in asks])
-            if not any(asks):
+            asking = [i for i, one in enumerate(asks) if one]
+            asked_at = policy.exits if asking else ()
+            cuts = _cuts(path, stop, asked_at, exits.own(asked_at), flow)
+            watch = Watch(policy.bars, look, flow.last(asking), cuts[1:-1])
+            ran = backbone.run_until(
+                [path[a:b] for a, b in pairwise(cuts)], flow.hidden, flow.spans, watch
+            )
+            stop = cuts[ran.segments]
+            flow = Flow(ran.hidden, flow.spans, flow.members)
+            if stop not in policy.exits or stop == len(path):
                 continue
-            asked = flow.select(i for i, one in enumerate(asks) if one)
+            rows = exits.states(flow, stop, [int(one) for one in asks])
+            if not asking:
+                continue
+            asked = flow.select(asking)
             reads = exits.reader(backbone.readout, stop)
             looks = None if look is None else exits.reader(look, stop)
             probe = Probe(stop, len(path), rows, reads, previous=probe, look=looks)
+            if ran.seen is not None:
+                probe.show(ran.seen)
             leaving, staying = _split(policy.leave(probe))
             if leaving:
                 gone = asked.select(leaving)
@@ -109,8 +117,6 @@ def step(
                 left = set(gone.members)
                 flow = flow.select(i for i, member in enumerate(flow.members) if member not in left)
                 probe = probe.take(staying)
-            if not flow.spans:
-                break
         if flow.spans:
             rows = exits.states(flow, len(path), [counts[member] for member in flow.members])
             reads = exits.reader(head or backbone.readout, len(path))
@@ -141,13 +147,17 @@ def _rewind(backbone: Backbone, text: Text) -> None:
         backbone.trim(text.slot, length, first_layer=layer)
 
 
-def _segments(
-    path: Sequence[int], exits: Sequence[int], texts: Sequence[Text]
-) -> list[tuple[int, int]]:
-    """Cut the path at every exit and wherever a token waits to go on."""
-    waiting = {path.index(layer) for text in texts for layer in text.waiting}
-    stops = sorted({*exits, *waiting, len(path)})
-    return list(zip([0, *stops], stops, strict=False))
+def _cuts(
+    path: Sequence[int], start: int, exits: Sequence[int], own: Iterable[int], flow: Flow
+) -> list[int]:
+    """Cut the path from ``start`` at every exit, up to where the run must end.
+
+    That is where a token waits to go on, at an exit with a readout of its own, or the path's end.
+    """
+    ends = [path.index(layer) for span in flow.spans for layer in span.text.waiting]
+    ends += [stop for stop in own if stop > start]
+    end = min(ends, default=len(path))
+    return [start, *(stop for stop in exits if start < stop < end), end]
 
 
 def _split(leave: Tensor) -> tuple[list[int], list[int]]:

@@ -312,6 +312,10 @@ class _Inside:
         """Run layers, timed."""
         return self._add(self._backbone.run, args)
 
+    def run_until(self, *args: Any) -> Any:
+        """Run segments, timed."""
+        return self._add(self._backbone.run_until, args)
+
     def readout(self, *args: Any) -> Any:
         """Read out, timed."""
         return self._add(self._backbone.readout, args)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from offramp.batch import Span, Text
 from offramp.decode import decode
 from offramp.policy import FULL, Threshold, fixed
 from offramp.request import Request
 from offramp.step import KV, step
+from offramp.watch import Ran
 from tests.tools import (
     BOTH,
     FAST,
@@ -177,7 +177,7 @@ def test_a_step_that_fails_leaves_every_text_as_it_was(
         if fails:
             before = [(text.done, text.num_waiting, lengths(text.slot)) for text in texts]
             with monkeypatch.context() as patch:
-                patch.setattr(backbone, "run", _failing(backbone.run, calls))
+                patch.setattr(backbone, "run_until", _failing(backbone.run_until, calls))
                 with pytest.raises(ArithmeticError):
                     step(backbone, texts, fixed(3), kv=kv, stay=[False, True, True])
             assert before == [(t.done, t.num_waiting, lengths(t.slot)) for t in texts]
@@ -187,11 +187,11 @@ def test_a_step_that_fails_leaves_every_text_as_it_was(
         assert_close(expected, actual)
 
 
-def _failing(run: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:
+def _failing(run: Callable[..., Ran], calls: int) -> Callable[..., Ran]:
     """Return ``run`` that does its work and raises, from the calls-th time on."""
     counter = itertools.count(1)
 
-    def failing(*args: Any) -> Tensor:
+    def failing(*args: Any) -> Ran:
         out = run(*args)
         if next(counter) >= calls:
             raise ArithmeticError

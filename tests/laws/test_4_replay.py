@@ -94,6 +94,7 @@ def test_a_policy_of_ones_own_replays_on_kept_states() -> None:
 
     class Norm:
         exits = (2, 4)
+        bars = None
 
         def leave(self, probe: Probe) -> torch.Tensor:
             strong: torch.Tensor = probe.logits.norm(dim=-1) > limit

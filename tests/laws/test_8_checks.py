@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path as FilePath
 
 import pytest
@@ -16,10 +17,12 @@ from offramp.cost import flops, weight_bytes
 from offramp.decode import decode
 from offramp.errors import OfframpError, UnsupportedModelError, UsageError
 from offramp.fast.open import open_fast
+from offramp.fast.pack import Format
+from offramp.gate import Gate, fit_gate
 from offramp.heads import low_rank
 from offramp.hf.open import open_model
 from offramp.plan import Path, execute
-from offramp.policy import Threshold, fixed
+from offramp.policy import Policy, Threshold, fixed
 from offramp.probe import Probe
 from offramp.request import Request
 from offramp.sample import Sampling
@@ -33,7 +36,9 @@ from tests.tools import (
     GRAPH,
     TEN,
     AnyBackbone,
+    Asked,
     Recorder,
+    Told,
     assert_close,
     collected,
     counted,
@@ -80,6 +85,11 @@ def cuts(backbone: Backbone, check: Check, name: str, seed: int = 0) -> Threshol
         cut = (values[middle] + values[max(middle - 1, 0)]).item() / 2
         pairs.append((depth, min(max(cut, find(name).low), find(name).high)))
     return Threshold(name, tuple(pairs))
+
+
+def never(value: float) -> Threshold:
+    """Return a policy that a random model's tokens do not meet."""
+    return Threshold("max_prob", tuple((depth, value) for depth in EXITS))
 
 
 def written(
@@ -219,14 +229,87 @@ def test_what_is_asked_is_what_is_counted(family: str) -> None:
     """One text, no exit taken: a check per token and exit, priced apart from the head."""
     backbone = opened(family)
     [prompt] = texts_of(backbone, [5])
-    never = Threshold("max_prob", tuple((depth, 1.0) for depth in EXITS))
     for check in cheap(backbone):
         before, look = backbone.meter.copy(), check.look(backbone)
         with counted(backbone):
-            list(decode(backbone, [Recorder().request(prompt, 6)], never, look=look))
+            list(decode(backbone, [Recorder().request(prompt, 6)], never(1.0), look=look))
         work = backbone.meter - before
         assert (work.check_passes, work.check_rows) == (5 * len(EXITS), 5 * len(EXITS))
         assert (work.head_passes, work.head_rows) == (6, 6)
+
+
+def screens(backbone: Backbone) -> list[tuple[Policy, Check]]:
+    """Return every signal that the kernels know, through every head, cut *at* a state's score."""
+    ids = texts_of(backbone, [30, 20])
+    kept = record(backbone, [(text, 1) for text in ids], EXITS, keep_hidden=True)
+    gates = fit_gate(kept)
+    assert kept.hidden is not None
+    pairs = []
+    for check in (FULL_HEAD, *cheap(backbone)):
+        scores = record(backbone, [(text, 1) for text in ids], EXITS, check=check).scores
+        for name in ("max_prob", "margin"):
+            cut = scores[name].sort(0).values[30].tolist()
+            pairs.append((Threshold(name, tuple(zip(EXITS, cut, strict=True))), check))
+    opening = [gates.score(kept.hidden[:, i], depth) for i, depth in enumerate(EXITS)]
+    cut = [scores.sort().values[30].item() for scores in opening]
+    return [*pairs, (Gate(gates, tuple(zip(EXITS, cut, strict=True))), FULL_HEAD)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("form", ["fp32", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+def test_a_screened_exit_is_one_that_was_asked(
+    family: str, form: Format, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit the same tokens, depths, logits and work, and fewer questions."""
+    monkeypatch.setattr("offramp.fast.backbone._WORTH_SHARING", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    backbone = open_fast(generic(family), form)
+    for policy, check in screens(backbone):
+        found, policies = [], (Asked(policy), Told(policy))
+        for one in policies:
+            recorder, before = Recorder(), backbone.meter.copy()
+            prompts = texts_of(backbone, [5, 8, 3], seed=1)
+            requests = [recorder.request(ids, 12) for ids in prompts]
+            with counted(backbone):
+                look = check.look(backbone)
+                tokens = list(decode(backbone, requests, one, look=look, max_waiting=4))
+            found.append((tokens, torch.cat(recorder.logits), backbone.meter - before))
+        (expected, logits, work), (actual, same, again) = found
+        assert len({token.depth for token in expected}) >= 2
+        assert (expected, work) == (actual, again)
+        assert torch.equal(logits, same)
+        assert policies[1].asked < policies[0].asked
+
+
+@pytest.mark.parametrize("rows", [250, 300])
+def test_a_prompt_that_leaves_is_asked_as_well_however_long(rows: int) -> None:
+    """More rows than go through the kernels together, too."""
+    backbone = open_fast(generic("llama"))
+    [ids] = texts_of(backbone, [rows], seed=3)
+    for policy, check in screens(backbone):
+        found = []
+        for one in (Asked(policy), Told(policy)):
+            text, before = Text(list(ids), backbone.open()), backbone.meter.copy()
+            with counted(backbone):
+                out = step(backbone, [text], one, look=check.look(backbone))
+            found.append((out.depths, out.logits.tolist(), backbone.meter - before))
+        assert found[0] == found[1]
+
+
+def test_what_is_no_number_is_shown_to_the_policy() -> None:
+    """It is not certain to stay; and a threshold out of reach is never asked about."""
+    backbone = open_fast(generic("llama"))
+    [ids] = texts_of(backbone, [5])
+    for value, states, asked in ((1.0, 1.0, 0), (math.inf, 1.0, 0), (1.0, math.nan, len(EXITS))):
+        text, policy = Text(list(ids), backbone.open()), Told(never(value))
+        step(backbone, [text])
+        text.ids.append(7)
+        with pytest.MonkeyPatch.context() as patch:
+            row = torch.full((1, backbone.shape.hidden_size), states)
+            patch.setattr(backbone, "embed", lambda _spans, row=row: row)
+            step(backbone, [text], policy)
+        assert policy.asked == asked
 
 
 @pytest.mark.parametrize("kv", ["exact", "copy"])

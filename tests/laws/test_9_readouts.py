@@ -16,16 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.batch import Span, Text
-from offramp.checks import Check, LowRank, Shortlist
+from offramp.checks import FULL_HEAD, Check, LowRank, Shortlist
 from offramp.decode import decode
 from offramp.errors import OfframpError, UnsupportedModelError, UsageError
+from offramp.fast.backbone import FastBackbone
 from offramp.fast.open import open_fast, open_graphs
 from offramp.fast.pack import Format
+from offramp.gate import Gate, fit_gate
 from offramp.hf.backbone import HFBackbone
 from offramp.hf.open import open_model
+from offramp.meter import Meter
 from offramp.plan import Path as SubModel
 from offramp.plan import execute
-from offramp.policy import FULL, Threshold, fixed
+from offramp.policy import FULL, Policy, Threshold, fixed
 from offramp.readouts import ExitReadout, Kind, read_readouts, write_readouts
 from offramp.request import Request
 from offramp.speculate import Draft, speculate
@@ -34,7 +37,9 @@ from offramp.trace import record, replay
 from tests.families import build
 from tests.tools import (
     AnyBackbone,
+    Asked,
     Recorder,
+    Told,
     assert_close,
     collected,
     counted,
@@ -239,6 +244,7 @@ class Leaving:
     """Asks at every exit, and leaves at one."""
 
     exits = EXITS
+    bars = None
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
@@ -274,6 +280,64 @@ def test_a_mixed_depth_batch_is_each_text_alone(name: str) -> None:
         assert len({depth for text in together[1] for depth in text}) >= 3
         for expected, actual in zip(alone_logits, together_logits, strict=True):
             assert_close(expected, actual)
+
+
+def barred(backbone: AnyBackbone) -> list[tuple[Policy, Check]]:
+    """Return policies that the kernels know, cut at the scores of real states: more leave later."""
+    pairs = [(ids, 1) for ids in texts_of(backbone, [30, 20])]
+    kept = record(backbone, pairs, EXITS, keep_hidden=True)
+    assert kept.hidden is not None
+
+    def cut(scores: Tensor) -> tuple[tuple[int, float], ...]:
+        places = torch.tensor([[44, 42, 38, 34, 28]])
+        cuts = scores.sort(0).values.gather(0, places)[0].tolist()
+        return tuple(zip(EXITS, cuts, strict=True))
+
+    made: list[tuple[Policy, Check]] = []
+    for check in (FULL_HEAD, Shortlist(size=37)):
+        scores = record(backbone, pairs, EXITS, check=check).scores
+        made += [(Threshold(name, cut(scores[name])), check) for name in ("max_prob", "margin")]
+    gates = fit_gate(kept)
+    opening = [gates.score(kept.hidden[:, i], depth) for i, depth in enumerate(EXITS)]
+    return [*made, (Gate(gates, cut(torch.stack(opening, 1))), FULL_HEAD)]
+
+
+def stepped(
+    backbone: AnyBackbone, policy: Policy, check: Check, kv: KV
+) -> tuple[list[list[int]], list[int], list[Tensor], Meter]:
+    """Return ids, depths, logits and work of three texts, some of which stay, at times all."""
+    draw, depths, logits, before = random.Random(0), [], [], backbone.meter.copy()
+    texts = [Text(ids, backbone.open()) for ids in texts_of(backbone, [5, 8, 3], seed=1)]
+    look = check.look(backbone)
+    with counted(backbone):
+        for turn in range(12):
+            stay = [turn % 4 == 0 or draw.random() < 0.3 for _ in texts]
+            out = step(backbone, texts, policy, look=look, stay=stay, kv=kv)
+            check_blocks(backbone, texts)
+            depths += out.depths
+            logits.append(out.logits)
+            for text, token in zip(texts, out.logits.argmax(-1).tolist(), strict=True):
+                text.ids.append(token)
+    return [text.ids for text in texts], depths, logits, backbone.meter - before
+
+
+@pytest.mark.parametrize("apart", [{}, {4: 1}, {2: 5}, {4: 5}], ids=str)
+@pytest.mark.parametrize("kv", ["exact", "copy"])
+def test_a_screened_exit_between_owned_ones_is_one_that_was_asked(
+    apart: dict[int, int], kv: KV
+) -> None:
+    """Bit for bit the same, where exit 3 owns a block and another a map or a head; fewer asked."""
+    each = one_of_each("llama")
+    owned = {3: each[4], **{depth: each[which] for depth, which in apart.items()}}
+    backbone, met = with_readouts("fast:llama", owned), set()
+    for policy, check in barred(backbone):
+        policies = Asked(policy), Told(policy)
+        expected, actual = (stepped(backbone, one, check, kv) for one in policies)
+        assert torch.equal(torch.cat(expected[2]), torch.cat(actual[2]))
+        assert (expected[:2], expected[3]) == (actual[:2], actual[3])
+        assert policies[1].asked < policies[0].asked
+        met |= set(expected[1])
+    assert met == {*EXITS, 6}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -396,11 +460,11 @@ def test_a_copy_fills_the_deeper_blocks_with_the_exits_state(name: str) -> None:
     assert step(backbone, texts[:1], Leaving(4), kv="copy").logits.isfinite().all()
 
 
-def breaking(run: Callable[..., Tensor], calls: int) -> Callable[..., Tensor]:
+def breaking(run: Callable[..., Any], calls: int) -> Callable[..., Any]:
     """Return ``run`` that does its work and raises, the calls-th time."""
     counter = itertools.count(1)
 
-    def broken(*args: Any) -> Tensor:
+    def broken(*args: Any) -> Any:
         out = run(*args)
         if next(counter) == calls:
             raise ArithmeticError
@@ -417,6 +481,7 @@ def test_a_step_that_fails_leaves_the_blocks_as_they_were(
 ) -> None:
     """Whichever call breaks, the texts hold what they held, and go on to the same logits."""
     backbone, made = owning(name), []
+    within = "_run" if isinstance(backbone, FastBackbone) else "run"  # what every run goes through
     for fails in (False, True):
         texts = [Text(ids, backbone.open()) for ids in texts_of(backbone, [7, 5], seed=5)]
         step(backbone, texts, Leaving(6), stay=[True, True])
@@ -428,7 +493,7 @@ def test_a_step_that_fails_leaves_the_blocks_as_they_were(
             before = [(text.done, text.blocks, lengths(text.slot)) for text in texts]
             for policy, count in ((Leaving(4), calls), (FULL, 1)):
                 with monkeypatch.context() as patch:
-                    patch.setattr(backbone, "run", breaking(backbone.run, count))
+                    patch.setattr(backbone, within, breaking(getattr(backbone, within), count))
                     with pytest.raises(ArithmeticError):
                         step(backbone, texts, policy, kv=kv, stay=[False, True])
             assert before == [(t.done, t.blocks, lengths(t.slot)) for t in texts]

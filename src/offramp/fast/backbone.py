@@ -7,7 +7,9 @@ depth share a call and nothing is padded.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,8 +18,9 @@ from torch import Tensor
 from offramp.backbone import Shape, from_layer
 from offramp.batch import Span
 from offramp.fast.build import kernels, version
-from offramp.fast.heads import CheapHead, low_rank_head, own_head, shortlist_head
-from offramp.fast.layout import FP32, INT8, MatrixStruct, RowsStruct
+from offramp.fast.exits import Screen, known
+from offramp.fast.heads import CheapHead, Heads
+from offramp.fast.layout import CHUNK, FP32, INT8, MatrixStruct, RowsStruct, WatchStruct
 from offramp.fast.pack import Format
 from offramp.fast.rotary import Rotary
 from offramp.fast.slots import Sizes, Slot
@@ -25,9 +28,10 @@ from offramp.fast.weights import Taken
 from offramp.hf.own import Own
 from offramp.meter import Meter
 from offramp.probe import Readout
+from offramp.watch import Bars, Ran, Watch
 
-_Run = Callable[..., int]
 _WORTH_SHARING = 200_000
+_SCREENS = 16
 
 
 class FastBackbone:
@@ -51,13 +55,15 @@ class FastBackbone:
         self.batched = self.ragged = True
         self.name, self.build = "fast", version()
         self.weights: str = weights
-        self._format: Format = weights
         self._taken, self._rotary = taken, rotary
         self._table = model.get_input_embeddings().weight.detach().float().numpy()
         self._embedding_scale = embedding_scale
         self._library = kernels()
-        self._cheap: dict[Hashable, CheapHead] = {}
+        self._screen = lru_cache(_SCREENS)(self._screened)
         struct = taken.struct
+        shared = CheapHead(None, struct.head, shape.head_weights, [])
+        plain = model.get_output_embeddings()
+        self._heads = Heads(shared, plain, taken.gains, weights, self._checked)
         int8 = weights in ("int8", "int4")  # keys and values are held as roughly as the weights
         struct.kv_format = INT8 if int8 else FP32
         self._sizes = Sizes(len(taken.layers), struct.kv_heads, struct.head_size, int8)
@@ -71,7 +77,7 @@ class FastBackbone:
         self.own = own
         self.blocks: Mapping[int, int] = own.blocks
         self.apart = own.apart
-        self._heads = {depth: own_head(head, self._format) for depth, head in own.heads.items()}
+        self._heads.give(own.heads)
 
     def open(self) -> Slot:
         """Return an empty slot."""
@@ -93,25 +99,99 @@ class FastBackbone:
 
     def run(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> Tensor:
         """Run ``hidden [N, D]`` through ``layers`` in order, appending keys and values."""
+        return self._run((layers,), hidden, spans, None).hidden
+
+    def run_until(
+        self,
+        segments: Sequence[Sequence[int]],
+        hidden: Tensor,
+        spans: Sequence[Span],
+        watch: Watch,
+    ) -> Ran:
+        """Run segments up to an exit at which some row may leave."""
+        several = len(segments) > 1 and len(hidden) <= CHUNK
+        screen = self._screen(watch.bars, watch.look) if several else None
+        if screen is None:
+            return self._run(segments[:1], hidden, spans, None)
+        ran = self._run(segments, hidden, spans, screen.point(watch))
+        stopped = ran.segments < len(segments)
+        if screen.head is None:
+            return ran
+        count = self.meter.read if screen.head is self._heads.shared else self.meter.checked
+        for _ in range(ran.segments - (not stopped)):
+            count(len(watch.rows))
+        return Ran(ran.hidden, ran.segments, screen.seen.clone()) if stopped else ran
+
+    def _screened(self, bars: Bars | None, look: Readout | None) -> Screen | None:
+        """Return what tells the kernels of this policy and check, if they know both."""
+        if bars is None or not known(bars):
+            return None
+        if bars.gates is not None:
+            return Screen(bars, None)
+        head = self._heads.behind(look)
+        return None if head is None else Screen(bars, head)
+
+    def _run(
+        self,
+        segments: Sequence[Sequence[int]],
+        hidden: Tensor,
+        spans: Sequence[Span],
+        watch: WatchStruct | None,
+    ) -> Ran:
+        layers = [layer for segment in segments for layer in segment]
+        stops = list(accumulate(map(len, segments)))
         rows = hidden.clone(memory_format=torch.contiguous_format)  # changed in place
-        self._call(self._library.offramp_run, layers, rows, spans)
-        self.meter.ran(len(layers), spans)
-        return rows
+        self._reserve(layers, spans)
+        done = self._library.offramp_run(
+            self._taken.struct,
+            (ctypes.c_int32 * len(layers))(*layers),
+            (ctypes.c_int32 * len(stops))(*stops),
+            len(stops),
+            rows.data_ptr(),
+            _rows(spans),
+            watch,
+            _threads(len(hidden) * self.shape.layer_weights),
+        )
+        _check(done == 0)
+        _appended(layers[: stops[done - 1]], spans)
+        self.meter.ran(stops[done - 1], spans)
+        return Ran(rows, done)
 
     def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:
         """Append the keys and values that ``layers`` would compute if their input were ``hidden``.
 
         Only the norm and the key and value projections run.
         """
-        self._call(self._library.offramp_fill, layers, hidden.contiguous(), spans)
+        self._reserve(layers, spans)
+        rows = hidden.contiguous()
+        status = self._library.offramp_fill(
+            self._taken.struct,
+            (ctypes.c_int32 * len(layers))(*layers),
+            len(layers),
+            rows.data_ptr(),
+            _rows(spans),
+            _threads(len(hidden) * self.shape.layer_weights),
+        )
+        _check(status)
+        _appended(layers, spans)
         self.meter.filled(len(layers), len(hidden))
 
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
         """Return logits ``[N, V]`` of states ``[N, D]``, by what the exit owns or all share."""
         self.meter.read(len(hidden))
-        own = self._heads.get(depth)
-        head = self._taken.struct.head if own is None else own.head
-        return self._read(None, head, self.shape.head_weights, self._mapped(hidden, depth))
+        return self._read(self._heads.at(depth), self._mapped(hidden, depth))
+
+    def shortlist(self, tokens: Tensor) -> Readout:
+        """Return a readout of these vocabulary entries alone: logits ``[N, len(tokens)]``."""
+        return self._heads.shortlist(tokens)
+
+    def low_rank(self, rank: int) -> Readout:
+        """Return a readout by the head's best approximation of this rank: logits ``[N, V]``."""
+        return self._heads.low_rank(rank)
+
+    def _checked(self, head: CheapHead, hidden: Tensor, depth: int) -> Tensor:
+        self.meter.checked(len(hidden))
+        return self._read(head, self._mapped(hidden, depth))
 
     @torch.no_grad()
     def _mapped(self, hidden: Tensor, depth: int) -> Tensor:
@@ -119,81 +199,33 @@ class FastBackbone:
             self.meter.mapped(len(hidden))
         return self.own.mapped(hidden, depth)
 
-    def shortlist(self, tokens: Tensor) -> Readout:
-        """Return a readout of these vocabulary entries alone: logits ``[N, len(tokens)]``."""
-        key = tuple(tokens.tolist())
-        return self._reading(key, lambda head: shortlist_head(head, tokens, self._format))
-
-    def low_rank(self, rank: int) -> Readout:
-        """Return a readout by the head's best approximation of this rank: logits ``[N, V]``."""
-        gains = self._taken.gains
-        return self._reading(rank, lambda head: low_rank_head(head, gains, rank, self._format))
-
-    def _reading(self, key: Hashable, made: Callable[[Any], CheapHead]) -> Readout:
-        """Return a readout by what ``made`` makes of the shared head and of each exit's own."""
-        shared = self.model.get_output_embeddings()
-        heads = {0: shared, **self.own.heads}
-        for depth, head in heads.items():
-            if (key, depth) not in self._cheap:
-                self._cheap[key, depth] = made(head)
-
-        def readout(hidden: Tensor, depth: int) -> Tensor:
-            self.meter.checked(len(hidden))
-            cheap = self._cheap[key, depth if depth in self._heads else 0]
-            return self._read(cheap.down, cheap.head, cheap.weights, self._mapped(hidden, depth))
-
-        return readout
-
-    def _read(
-        self, down: MatrixStruct | None, head: MatrixStruct, weights: int, hidden: Tensor
-    ) -> Tensor:
-        """Return logits ``[N, outputs]`` of one head, of one matrix or two."""
+    def _read(self, head: CheapHead, hidden: Tensor) -> Tensor:
         hidden = hidden.contiguous()
-        logits = torch.empty(len(hidden), head.outputs)
+        logits = torch.empty(len(hidden), head.head.outputs)
         status = self._library.offramp_readout(
             self._taken.struct,
-            down,
-            head,
+            head.down,
+            head.head,
             hidden.data_ptr(),
             len(hidden),
             logits.data_ptr(),
-            _threads(len(hidden) * weights),
+            _threads(len(hidden) * head.weights),
         )
         _check(status)
         return logits
 
-    def multiplied(self) -> list[dict[str, int]]:
-        """Return, per layer, the rows that each kind of matrix has multiplied so far.
+    def multiplied(self) -> list[dict[str, tuple[int, int]]]:
+        """Return, per layer, the (rows, calls) that each kind of matrix has multiplied so far.
 
         Counted by the kernels themselves; the last entry is of the vocabulary head and its cheap
         stand-ins.
         """
         kinds = {"key": "qkv", "output": "output", "mlp": "down"}
         counts = [
-            {kind: getattr(layer, name).rows for kind, name in kinds.items()}
+            {kind: _multiplied(getattr(layer, name)) for kind, name in kinds.items()}
             for layer in self._taken.layers
         ]
-        checks = sum(cheap.head.rows for cheap in self._cheap.values())
-        heads = [self._taken.struct.head, *(own.head for own in self._heads.values())]
-        return [*counts, {"head": sum(head.rows for head in heads), "check": checks}]
-
-    def _call(
-        self, function: _Run, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]
-    ) -> None:
-        self._reserve(layers, spans)
-        indices = (ctypes.c_int32 * len(layers))(*layers)
-        status = function(
-            self._taken.struct,
-            indices,
-            len(layers),
-            hidden.data_ptr(),
-            _rows(spans),
-            _threads(len(hidden) * self.shape.layer_weights),
-        )
-        _check(status)
-        for span in spans:
-            for layer in layers:
-                span.text.slot.lengths[layer] = span.stop
+        return [*counts, self._heads.multiplied()]
 
     def _reserve(self, layers: Sequence[int], spans: Sequence[Span]) -> None:
         for span in spans:
@@ -202,6 +234,16 @@ class FastBackbone:
                 assert slot.lengths[layer] == span.start, "a layer was run out of turn"
             slot.reserve(span.stop)
         self._rotary.reserve(max(span.stop for span in spans), self._taken.layers)
+
+
+def _multiplied(matrix: MatrixStruct) -> tuple[int, int]:
+    return matrix.rows, matrix.calls
+
+
+def _appended(layers: Sequence[int], spans: Sequence[Span]) -> None:
+    for span in spans:
+        for layer in layers:
+            span.text.slot.lengths[layer] = span.stop
 
 
 def _rows(spans: Sequence[Span]) -> RowsStruct:

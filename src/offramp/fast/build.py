@@ -13,7 +13,15 @@ from functools import cache
 from pathlib import Path
 
 from offramp.errors import OfframpError
-from offramp.fast.layout import LayerStruct, MatrixStruct, ModelStruct, RowsStruct, TextStruct
+from offramp.fast.layout import (
+    CHUNK,
+    LayerStruct,
+    MatrixStruct,
+    ModelStruct,
+    RowsStruct,
+    TextStruct,
+    WatchStruct,
+)
 from offramp.files import cache_dir
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -93,14 +101,17 @@ def _processor() -> str:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """Give the functions their types, and check that both sides agree on the structures."""
-    kinds = (MatrixStruct, LayerStruct, ModelStruct, TextStruct)
-    sizes = (ctypes.c_int32 * len(kinds))()
+    kinds = (MatrixStruct, LayerStruct, ModelStruct, TextStruct, WatchStruct)
+    expected = [*map(ctypes.sizeof, kinds), CHUNK]
+    sizes = (ctypes.c_int32 * len(expected))()
     library.offramp_sizes(sizes)
-    if list(sizes) != [ctypes.sizeof(kind) for kind in kinds]:
+    if list(sizes) != expected:
         raise UnavailableError("the fast kernels were compiled with another structure layout")
     model, rows = ctypes.POINTER(ModelStruct), ctypes.POINTER(RowsStruct)
     numbers, count = ctypes.c_void_p, ctypes.c_int32
-    library.offramp_run.argtypes = [model, numbers, count, numbers, rows, count]
+    watch = ctypes.POINTER(WatchStruct)
+    run = (model, numbers, numbers, count, numbers, rows, watch, count)
+    library.offramp_run.argtypes = run
     library.offramp_fill.argtypes = [model, numbers, count, numbers, rows, count]
     matrix = ctypes.POINTER(MatrixStruct)
     library.offramp_readout.argtypes = [model, matrix, matrix, numbers, count, numbers, count]

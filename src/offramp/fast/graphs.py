@@ -26,6 +26,7 @@ from offramp.heads import low_rank
 from offramp.hf.heads import linear
 from offramp.meter import Meter
 from offramp.probe import Readout
+from offramp.watch import Ran, Watch
 
 _CHUNK = 1024
 """Most rows of one call: what comes on top is cut, which bounds memory and the number of shapes."""
@@ -103,6 +104,16 @@ class GraphBackbone:
         self._appended(layers, spans)
         self.meter.ran(len(layers), spans)
         return made
+
+    def run_until(
+        self,
+        segments: Sequence[Sequence[int]],
+        hidden: Tensor,
+        spans: Sequence[Span],
+        watch: Watch,
+    ) -> Ran:
+        """Run the first segment: an exit has its one read."""
+        return Ran(self.run(segments[0], hidden, spans))
 
     @torch.no_grad()
     def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:

@@ -1,18 +1,22 @@
-"""Packs heads beside the model's: an exit's own, and cheap ones of some rows or of low rank."""
+"""The heads of one model, packed once: the shared one, exits' own, and cheap ones made of each."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from offramp.fast.layout import INT8, MatrixStruct
+from offramp.fast.memory import Arena
 from offramp.fast.pack import LANES, Format, pack
 from offramp.heads import low_rank
+from offramp.probe import Readout
 
 
-@dataclass
+@dataclass(eq=False)
 class CheapHead:
     """One matrix, or two in sequence, and what must stay in memory for them."""
 
@@ -23,31 +27,118 @@ class CheapHead:
     kept: list[Tensor]
 
 
-def shortlist_head(head: nn.Linear, tokens: Tensor, form: Format) -> CheapHead:
+@dataclass(frozen=True, eq=False, slots=True)
+class Reading:
+    """A cheap check as a :data:`~offramp.probe.Readout`: its part of every head there is."""
+
+    read: Callable[[CheapHead, Tensor, int], Tensor]
+    """Reads states ``[N, D]`` of this depth through a head."""
+    shared: CheapHead
+    own: Mapping[int, CheapHead]
+    """Of the exits that own a head, by depth."""
+
+    @property
+    def heads(self) -> list[CheapHead]:
+        """Return all there are."""
+        return [self.shared, *self.own.values()]
+
+    def __call__(self, hidden: Tensor, depth: int) -> Tensor:
+        """Return logits ``[N, outputs]`` of states ``[N, D]`` after ``depth`` layers."""
+        return self.read(self.own.get(depth, self.shared), hidden, depth)
+
+
+class Heads:
+    """Every head that reads states of one model; cheap ones are made when first asked for.
+
+    Args:
+        shared: the model's own, packed.
+        plain: the same, not packed.
+        gains: ``[D]`` of the last norm.
+        form: the format of the layers, which cheap heads share.
+        read: reads states through a cheap head, as :class:`Reading` does.
+    """
+
+    def __init__(
+        self,
+        shared: CheapHead,
+        plain: nn.Linear,
+        gains: Tensor,
+        form: Format,
+        read: Callable[[CheapHead, Tensor, int], Tensor],
+    ) -> None:
+        self.shared = shared
+        self._plain, self._gains, self._form, self._read = plain, gains, form, read
+        self._arena = Arena()
+        self.give({})
+
+    def give(self, plain: Mapping[int, nn.Linear]) -> None:
+        """Let the exits at these depths own these heads."""
+        self._plain_own = plain
+        self._own = {
+            depth: own_head(head, self._form, self._arena) for depth, head in plain.items()
+        }
+        self._cheap: dict[Hashable, Reading] = {}
+
+    def at(self, depth: int) -> CheapHead:
+        """Return what reads states after ``depth`` layers."""
+        return self._own.get(depth, self.shared)
+
+    def shortlist(self, tokens: Tensor) -> Reading:
+        """Return a reading of these vocabulary entries alone."""
+        made = partial(shortlist_head, tokens=tokens, form=self._form, arena=self._arena)
+        return self._reading(tuple(tokens.tolist()), made)
+
+    def low_rank(self, rank: int) -> Reading:
+        """Return a reading by each head's best approximation of this rank."""
+        gains, form, arena = self._gains, self._form, self._arena
+        made = partial(low_rank_head, gains=gains, rank=rank, form=form, arena=arena)
+        return self._reading(rank, made)
+
+    def _reading(self, key: Hashable, made: Callable[[nn.Linear], CheapHead]) -> Reading:
+        if key not in self._cheap:
+            own = {depth: made(head) for depth, head in self._plain_own.items()}
+            self._cheap[key] = Reading(self._read, made(self._plain), own)
+        return self._cheap[key]
+
+    def behind(self, look: Readout | None) -> CheapHead | None:
+        """Return what ``look`` sees where no exit owns a head; None: it is none of these."""
+        if look is None:
+            return self.shared
+        return next((made.shared for made in self._cheap.values() if made is look), None)
+
+    def multiplied(self) -> dict[str, tuple[int, int]]:
+        """Return the (rows, calls) of the heads that choose, and of those that check."""
+        checks = [head for reading in self._cheap.values() for head in reading.heads]
+        return {"head": _total([self.shared, *self._own.values()]), "check": _total(checks)}
+
+
+def shortlist_head(head: nn.Linear, tokens: Tensor, form: Format, arena: Arena) -> CheapHead:
     """Return these entries of the head."""
     weight = head.weight.detach()[tokens]
-    kept: list[Tensor] = []
+    made = _Packer(form, arena)
     bias = None if head.bias is None else head.bias.detach()[tokens]
-    return CheapHead(None, _packed(weight, bias, form, kept), weight.numel(), kept)
+    return CheapHead(None, made.packed(weight, bias), weight.numel(), made.kept)
 
 
-def low_rank_head(head: nn.Linear, gains: Tensor, rank: int, form: Format) -> CheapHead:
+def low_rank_head(
+    head: nn.Linear, gains: Tensor, rank: int, form: Format, arena: Arena
+) -> CheapHead:
     """Return the head's best approximation of this rank for states of a norm with these gains."""
     up, down = low_rank(head.weight.detach(), gains, rank)
-    kept: list[Tensor] = []
+    made = _Packer(form, arena)
     bias = None if head.bias is None else head.bias.detach()
-    structs = (_packed(down, None, form, kept), _packed(up, bias, form, kept))
-    return CheapHead(*structs, up.numel() + down.numel(), kept)
+    structs = (made.packed(down, None), made.packed(up, bias))
+    return CheapHead(*structs, up.numel() + down.numel(), made.kept)
 
 
-def own_head(head: nn.Linear, form: Format) -> CheapHead:
+def own_head(head: nn.Linear, form: Format, arena: Arena) -> CheapHead:
     """Return an exit's own head, as precise as the model's is beside layers of this format."""
-    kept: list[Tensor] = []
+    made = _Packer(head_form(form), arena)
     bias = None if head.bias is None else head.bias.detach()
-    struct = _packed(head.weight.detach(), bias, head_form(form), kept)
+    struct = made.packed(head.weight.detach(), bias)
     if form == "int4":
         struct.format = INT8
-    return CheapHead(None, struct, head.weight.numel(), kept)
+    return CheapHead(None, struct, head.weight.numel(), made.kept)
 
 
 def head_form(form: Format) -> Format:
@@ -55,16 +146,28 @@ def head_form(form: Format) -> Format:
     return "int8" if form == "int4" else form
 
 
-def _packed(weight: Tensor, bias: Tensor | None, form: Format, kept: list[Tensor]) -> MatrixStruct:
-    packed = pack(weight, form)
-    kept.append(packed.data)
-    struct = MatrixStruct(
-        weights=packed.data.data_ptr(),
-        format=packed.format,
-        outputs=packed.outputs,
-        inputs=packed.inputs,
-    )
-    if bias is not None:
-        kept.append(torch.cat((bias.float(), bias.new_zeros(LANES).float())))  # whole vectors
-        struct.bias = kept[-1].data_ptr()
-    return struct
+class _Packer:
+    def __init__(self, form: Format, arena: Arena) -> None:
+        self.kept: list[Tensor] = []
+        self._form, self._arena = form, arena
+
+    def packed(self, weight: Tensor, bias: Tensor | None) -> MatrixStruct:
+        packed = pack(weight, self._form)
+        struct = MatrixStruct(
+            weights=self._address(packed.data),
+            format=packed.format,
+            outputs=packed.outputs,
+            inputs=packed.inputs,
+        )
+        if bias is not None:
+            spare = bias.new_zeros(LANES)  # the kernels read whole vectors
+            struct.bias = self._address(torch.cat((bias, spare)).float())
+        return struct
+
+    def _address(self, tensor: Tensor) -> int:
+        self.kept.append(self._arena.keep(tensor))
+        return self.kept[-1].data_ptr()
+
+
+def _total(heads: list[CheapHead]) -> tuple[int, int]:
+    return sum(head.head.rows for head in heads), sum(head.head.calls for head in heads)

@@ -44,7 +44,7 @@ struct Matrix {
     int32_t format, outputs;
     int32_t inputs;  // a multiple of GROUP
     int32_t first;   // outputs before this one are not wanted by fill (qkv only)
-    int64_t rows;    // multiplied so far: the meter's witness
+    int64_t rows, calls;  // multiplied so far: the meter's witness
 };
 
 struct Layer {
@@ -81,6 +81,19 @@ struct Rows {
     const int32_t *text;      // [N]: whose row this is
     const int32_t *position;  // [N]
     int32_t count;
+};
+
+enum Signal : int32_t { MAX_PROB, MARGIN, GATE };
+
+// What an exit within a run looks at, and which rows it is certain of: they stay.
+struct Watch {
+    Matrix *down, *head;    // as offramp_readout reads out; not for GATE
+    const float *bars;      // [exits]: a row below it stays
+    const float *gates;     // [exits, hidden + 1], for GATE: weights, bias
+    const int32_t *asking;  // [count]: rows of the run
+    float *seen;            // [count, outputs]: logits of the last exit looked at
+    float *scores;          // [count]
+    int32_t count, signal;
 };
 
 int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
@@ -382,7 +395,10 @@ void multiply(Matrix &m, const Inputs &x, int rows, float *out, int64_t stride, 
             case 1: product<1>(m, block, x, row, out, stride); break;
         }
     }
-    if (thread == 0) m.rows += rows;
+    if (thread == 0) {
+        m.rows += rows;
+        m.calls++;
+    }
 }
 
 // ---------------------------------------------------------------- norms, rotation, activation
@@ -1050,12 +1066,94 @@ void fill_layers(const Model &m, const int32_t *layers, int count, const Rows &r
     b.barrier->wait();
 }
 
+// How certain logits are, as offramp.signals says: nearly 1 for max_prob, and for margin.
+float certainty(const float *logits, int64_t count, int signal) {
+    Floats top = splat(-INFINITY), next = top, sum = {};
+    const int64_t whole = count / LANES * LANES;
+    Floats rest = splat(-INFINITY);
+    for (int64_t i = whole; i < count; i++) rest[i - whole] = logits[i];
+    auto each = [&](auto use) {
+        for (int64_t i = 0; i < whole; i += LANES) use(load(logits + i));
+        use(rest);
+    };
+    each([&](Floats value) {
+        const Floats lower = value < top ? value : top;
+        next = lower > next ? lower : next;
+        top = value > top ? value : top;
+    });
+    const float best = largest(top);
+    each([&](Floats value) { sum += exponential(value - best); });
+    if (signal == MAX_PROB) return 1.0f / total(sum);
+    int at = 0;
+    while (at < LANES - 1 && top[at] != best) at++;
+    top[at] = next[at];
+    return (1.0f - std::exp(largest(top) - best)) / total(sum);
+}
+
+// The probability that a gate gives a state: logistic, of its widths at root mean square 1.
+float opening(const float *gate, const float *state, int size) {
+    Floats squares = {}, dots = {};
+    float square = 0, dot = 0;
+    int i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        squares += load(state + i) * load(state + i);
+        dots += load(state + i) * load(gate + i);
+    }
+    for (; i < size; i++) {
+        square += state[i] * state[i];
+        dot += state[i] * gate[i];
+    }
+    const float scale = 1.0f / std::sqrt((total(squares) + square) / size + 1e-6f);
+    return 1.0f / (1.0f + std::exp(-(total(dots) + dot) * scale - gate[size]));
+}
+
 void scale_logits(const Model &m, float *logits, int64_t count) {
     if (m.logit_scale != 1.0f)
         for (int64_t i = 0; i < count; i++) logits[i] *= m.logit_scale;
     if (m.logit_softcap > 0)
         for (int64_t i = 0; i < count; i++)
             logits[i] = m.logit_softcap * std::tanh(logits[i] / m.logit_softcap);
+}
+
+// logits [n, outputs] of n states, state(i) each: the last norm, then head; or, where down is not
+// null, down and then head (a head of low rank). A row's logits belong to the thread of its row.
+template <typename State>
+void read_out(const Model &m, Matrix *down, Matrix &head, int n, State state, float *logits,
+              const Buffers &b) {
+    const int64_t outputs = head.outputs;
+    Matrix &first = down == nullptr ? head : *down;
+    each_row(n, [&](int row) { enter(m, m.norm, state(row), b.x, row, first); });
+    b.barrier->wait();
+    if (down != nullptr) {
+        multiply(*down, b.x, n, b.narrow, b.narrow_stride);
+        b.barrier->wait();
+        each_row(n, [&](int row) {
+            std::memcpy(b.x.states + int64_t(row) * b.x.width, b.narrow + row * b.narrow_stride,
+                        down->outputs * sizeof(float));
+            ready(b.x, row, head, down->outputs);
+        });
+        b.barrier->wait();
+    }
+    multiply(head, b.x, n, logits, outputs);
+    b.barrier->wait();
+    each_row(n, [&](int row) { scale_logits(m, logits + row * outputs, outputs); });
+}
+
+// Whether some asking row may leave at this exit; all threads agree.
+bool may_leave(const Model &m, const Watch &w, int exit, const float *hidden, const Buffers &b) {
+    auto state = [&](int row) { return hidden + int64_t(w.asking[row]) * m.hidden; };
+    b.barrier->wait();  // a row's state is another thread's
+    if (w.signal != GATE) read_out(m, w.down, *w.head, w.count, state, w.seen, b);
+    each_row(w.count, [&](int row) {
+        w.scores[row] =
+            w.signal == GATE
+                ? opening(w.gates + int64_t(exit) * (m.hidden + 1), state(row), m.hidden)
+                : certainty(w.seen + int64_t(row) * w.head->outputs, w.head->outputs, w.signal);
+    });
+    b.barrier->wait();
+    // What is no number is not below: the policy shall see it.
+    return std::any_of(w.scores, w.scores + w.count,
+                       [&](float score) { return !(score < w.bars[exit]); });
 }
 
 int widest(const Model &m) {
@@ -1079,18 +1177,27 @@ Rows rows_from(const Rows &rows, int start) {
 
 extern "C" {
 
-// Runs hidden [N, D] through the layers in order, in place. Returns 0, or 1: no memory.
-int32_t offramp_run(const Model *m, const int32_t *layers, int32_t count, float *hidden,
-                    const Rows *rows, int32_t threads) {
+// Runs hidden [N, D] through the layers in order, in place: segments, each up to its stop. Between
+// two it goes on only where no asking row can leave (one segment needs no watch, and more need the
+// rows to fit into a chunk). Returns how many segments ran, or 0: no memory.
+int32_t offramp_run(const Model *m, const int32_t *layers, const int32_t *stops, int32_t segments,
+                    float *hidden, const Rows *rows, const Watch *watch, int32_t threads) {
     Barrier meeting;
     Buffers b;
     b.barrier = &meeting;
-    if (!allocate_layers(*m, *rows, std::min(rows->count, CHUNK), threads, b)) return 1;
+    if (!allocate_layers(*m, *rows, std::min(rows->count, CHUNK), threads, b)) return 0;
+    int ran = 0;
 #pragma omp parallel num_threads(threads)
-    for (int start = 0; start < rows->count; start += CHUNK)
-        for (int i = 0; i < count; i++)
-            run_layer(*m, layers[i], rows_from(*rows, start), hidden + int64_t(start) * m->hidden, b);
-    return 0;
+    for (int start = 0; start < rows->count; start += CHUNK) {
+        float *states = hidden + int64_t(start) * m->hidden;
+        int done = 0;
+        for (int i = 0; done < segments; done++) {
+            if (done > 0 && may_leave(*m, *watch, done - 1, states, b)) break;
+            for (; i < stops[done]; i++) run_layer(*m, layers[i], rows_from(*rows, start), states, b);
+        }
+        if (omp_get_thread_num() == 0) ran = done;
+    }
+    return ran;
 }
 
 // Stores what the layers' keys and values would be if each one's input were hidden [N, D].
@@ -1112,8 +1219,7 @@ int32_t offramp_fill(const Model *m, const int32_t *layers, int32_t count, const
     return 0;
 }
 
-// logits [N, outputs] of states hidden [N, D]: the last norm, then head; or, where down is not null,
-// down and then head (a head of low rank).
+// logits [N, outputs] of states hidden [N, D]. Returns 0, or 1: no memory.
 int32_t offramp_readout(const Model *m, Matrix *down, Matrix *head, const float *hidden,
                         int32_t rows, float *logits, int32_t threads) {
     Barrier meeting;
@@ -1123,39 +1229,23 @@ int32_t offramp_readout(const Model *m, Matrix *down, Matrix *head, const float 
     if (!allocate(*m, b, std::min(rows, int32_t(CHUNK)), std::max(m->hidden, rank) + GROUP, 1,
                   rank + LANES, 1, threads))
         return 1;
-    const int64_t outputs = head->outputs;
-    Matrix &first = down == nullptr ? *head : *down;
 #pragma omp parallel num_threads(threads)
-    for (int start = 0; start < rows; start += CHUNK) {
-        const int n = std::min(CHUNK, rows - start);
-        float *out = logits + start * outputs;
-        each_row(n, [&](int row) {
-            enter(*m, m->norm, hidden + int64_t(start + row) * m->hidden, b.x, row, first);
-        });
-        b.barrier->wait();
-        if (down != nullptr) {
-            multiply(*down, b.x, n, b.narrow, b.narrow_stride);
-            b.barrier->wait();
-            each_row(n, [&](int row) {
-                std::memcpy(b.x.states + int64_t(row) * b.x.width, b.narrow + row * b.narrow_stride,
-                            rank * sizeof(float));
-                ready(b.x, row, *head, rank);
-            });
-            b.barrier->wait();
-        }
-        multiply(*head, b.x, n, out, outputs);
-        b.barrier->wait();
-        each_row(n, [&](int row) { scale_logits(*m, out + row * outputs, outputs); });
-        b.barrier->wait();
-    }
+    for (int start = 0; start < rows; start += CHUNK)
+        read_out(
+            *m, down, *head, std::min(CHUNK, rows - start),
+            [&](int row) { return hidden + int64_t(start + row) * m->hidden; },
+            logits + int64_t(start) * head->outputs, b);
     return 0;
 }
 
-// Sizes of Matrix, Layer, Model and Text: the caller's mirrors must agree.
+// Sizes of Matrix, Layer, Model, Text and Watch, and the rows of a chunk: the caller's mirrors must
+// agree.
 void offramp_sizes(int32_t *sizes) {
     sizes[0] = sizeof(Matrix);
     sizes[1] = sizeof(Layer);
     sizes[2] = sizeof(Model);
     sizes[3] = sizeof(Text);
+    sizes[4] = sizeof(Watch);
+    sizes[5] = CHUNK;
 }
 }

@@ -6,6 +6,9 @@ import ctypes
 from typing import ClassVar
 
 FP32, BF16, INT8, INT4, INT8_FINE = range(5)
+CHUNK = 256
+"""Rows that go through the layers together: more cannot be watched."""
+SIGNALS, GATE = {"max_prob": 0, "margin": 1}, 2
 NO_NORM, PER_HEAD, WHOLE = range(3)
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu": 2}
 
@@ -23,6 +26,7 @@ class MatrixStruct(ctypes.Structure):
         ("inputs", _int),
         ("first", _int),
         ("rows", _long),
+        ("calls", _long),
     ]
 
 
@@ -69,4 +73,16 @@ class RowsStruct(ctypes.Structure):
         ("text", ctypes.POINTER(_int)),
         ("position", ctypes.POINTER(_int)),
         ("count", _int),
+    ]
+
+
+class WatchStruct(ctypes.Structure):
+    """What an exit within a run looks at."""
+
+    _fields_: ClassVar = [
+        ("down", ctypes.POINTER(MatrixStruct)),
+        ("head", ctypes.POINTER(MatrixStruct)),
+        *((name, _pointer) for name in ("bars", "gates", "asking", "seen", "scores")),
+        ("count", _int),
+        ("signal", _int),
     ]

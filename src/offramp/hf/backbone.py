@@ -35,6 +35,7 @@ from offramp.hf.own import Own, standing_in
 from offramp.meter import Meter
 from offramp.probe import Readout
 from offramp.readouts import ExitReadout
+from offramp.watch import Ran, Watch
 
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -107,6 +108,16 @@ class HFBackbone:
             done.append((group.members, rows))
             self.meter.ran(len(layers), [spans[i] for i in group.members])
         return _join(done)
+
+    def run_until(
+        self,
+        segments: Sequence[Sequence[int]],
+        hidden: Tensor,
+        spans: Sequence[Span],
+        watch: Watch,
+    ) -> Ran:
+        """Run the first segment: whether a row leaves is always asked."""
+        return Ran(self.run(segments[0], hidden, spans))
 
     @torch.no_grad()
     def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:
