@@ -23,6 +23,7 @@ def decode(
     kv: KV = "exact",
     look: Readout | None = None,
     head: Readout | None = None,
+    exit_head: Readout | None = None,
     max_waiting: int = MAX_WAITING,
     exit_prompt: bool = False,
     batch_size: int = 8,
@@ -37,6 +38,7 @@ def decode(
         kv: what becomes of the layers that a leaving token skips.
         look: what a check sees in place of the full head's logits (see :mod:`offramp.checks`).
         head: what chooses the tokens at the end of the path, the backbone's own head by default.
+        exit_head: what chooses the token of a row that leaves, likewise.
         max_waiting: a text with so many waiting tokens takes one full-depth step.
         exit_prompt: whether the prompt, too, may leave early (its tokens then wait).
         batch_size: texts at once.
@@ -51,6 +53,7 @@ def decode(
             kv=kv,
             look=look,
             head=head,
+            exit_head=exit_head,
             stay=[
                 not exit_prompt if writer.reading else writer.text.num_waiting >= max_waiting
                 for writer in writers

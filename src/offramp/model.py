@@ -20,7 +20,7 @@ from offramp.fast.pack import Format
 from offramp.hf.load import GENERIC_FORMATS
 from offramp.hf.open import open_model
 from offramp.hf.tuned import load_tuned
-from offramp.plan import ModelId, Plan, check_of, execute
+from offramp.plan import ModelId, Plan, cheap_weights, execute
 from offramp.readouts import ExitReadout
 from offramp.request import Finish, Request, Token, check_request
 from offramp.sample import Sampling
@@ -85,7 +85,7 @@ class Stream:
         self.outputs = [Output(prompt) for prompt in prompts]
         self._requests, self._watchers = requests, watchers
         self._backbone, self._batch_size = model.backbone, batch_size
-        self._check_weights = check_of(plan).weights(model.backbone.shape)
+        self._check_weights = cheap_weights(plan, model.backbone.shape)
         self._constants = known(model.backbone)
         self._before = model.backbone.meter.copy()
         self._start = time.perf_counter()

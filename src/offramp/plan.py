@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from offramp.backbone import Backbone
-from offramp.checks import FULL_HEAD, Check, GateFile, Head, Record
+from offramp.backbone import Backbone, Shape
+from offramp.checks import FULL_HEAD, Check, FullHead, GateFile, Head, Record
 from offramp.decode import MAX_WAITING, decode
 from offramp.errors import OfframpError, UsageError
 from offramp.files import write_text
@@ -46,6 +46,13 @@ class Exit(Record):
     """Whether the prompt, too, may leave early (for one-token answers)."""
     check: Annotated[Check, Field(discriminator="kind")] = FULL_HEAD
     """What the signal is computed from; with a gate, the signal is ``gate``."""
+    head: Annotated[Head, Field(discriminator="kind")] = FULL_HEAD
+    """What chooses the token of a row that leaves; a full check then looks at that, too."""
+
+    @property
+    def sees(self) -> Check:
+        """Return what the signal really looks at."""
+        return self.head if isinstance(self.check, FullHead) else self.check
 
     @cached_property
     def policy(self) -> Threshold | Gate:
@@ -71,6 +78,13 @@ class Exit(Record):
             raise UsageError("a plan that exits needs at least one exit with a threshold")
         check_exits(self.policy.exits, backbone.shape.num_layers)
         self.check.must_fit(backbone.shape)
+        self.head.must_fit(backbone.shape)
+        looks = isinstance(self.check, FullHead | GateFile) or self.check == self.head
+        if not isinstance(self.head, FullHead) and not looks:
+            raise UsageError(
+                f"where {self.head} chooses the tokens that leave, a check by {self.check} would "
+                "be a second cheap head: check by the same one, by the full one or by a gate"
+            )
         if isinstance(self.policy, Gate):
             self.policy.weights.must_fit(backbone)
 
@@ -151,11 +165,17 @@ def check_of(plan: Plan) -> Check:
     """Return what reads states in place of the full head: an exit's check, a sub-model's head."""
     match plan.run:
         case Exit():
-            return plan.run.check
+            return plan.run.sees
         case Path():
             return plan.run.head
         case _:
             return FULL_HEAD
+
+
+def cheap_weights(plan: Plan, shape: Shape) -> int:
+    """Return the matrix weights that one row of the plan's cheap head multiplies; 0 for none."""
+    heads = [plan.run.check, plan.run.head] if isinstance(plan.run, Exit) else [check_of(plan)]
+    return max(head.weights(shape) for head in heads)
 
 
 def read_plan(path: FilePath) -> Plan:
@@ -189,12 +209,15 @@ def execute(
         case Full():
             return decode(backbone, requests, batch_size=batch_size)
         case Exit():
+            requests = list(requests)
+            ends = {token for request in requests for token in request.eos}
             return decode(
                 backbone,
                 requests,
                 run.policy,
                 kv=run.kv,
-                look=run.check.look(backbone),
+                look=run.sees.look(backbone),
+                exit_head=run.head.choose(backbone, ends),
                 max_waiting=run.max_waiting,
                 exit_prompt=run.exit_prompt,
                 batch_size=batch_size,

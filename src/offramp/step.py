@@ -5,6 +5,7 @@ Knows no tokens, sampling or text; whatever decodes calls this and nothing else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from offramp.backbone import Backbone
 from offramp.batch import Flow, Span, Text
@@ -44,6 +46,7 @@ def step(
     kv: KV = "exact",
     look: Readout | None = None,
     head: Readout | None = None,
+    exit_head: Readout | None = None,
     stay: Sequence[bool] | None = None,
     tails: Sequence[int] | None = None,
     detour: Sequence[int] = (),
@@ -65,6 +68,8 @@ def step(
         kv: what becomes of the layers that a leaving token skips.
         look: what a check sees in place of the full head's logits.
         head: what reads out the end of the path, the backbone's own head by default.
+        exit_head: what chooses the tokens of rows that leave, the backbone's own head by default;
+            without ``look``, checks see it, too.
         stay: the texts that run to the end of the path whatever the policy says.
         tails: how many of the last rows of each text to read out at full depth; 1 by default.
         detour: layers a leaving token runs on for its choice alone (a draft that skips layers);
@@ -92,7 +97,8 @@ def step(
             asking = [i for i, one in enumerate(asks) if one]
             asked_at = policy.exits if asking else ()
             cuts = _cuts(path, stop, asked_at, exits.own(asked_at), flow)
-            watch = Watch(policy.bars, look, flow.last(asking), cuts[1:-1])
+            bars = policy.bars if look is not None or exit_head is None else None
+            watch = Watch(bars, look, flow.last(asking), cuts[1:-1])
             ran = backbone.run_until(
                 [path[a:b] for a, b in pairwise(cuts)], flow.hidden, flow.spans, watch
             )
@@ -104,7 +110,7 @@ def step(
             if not asking:
                 continue
             asked = flow.select(asking)
-            reads = exits.reader(backbone.readout, stop)
+            reads = exits.reader(exit_head or backbone.readout, stop)
             looks = None if look is None else exits.reader(look, stop)
             probe = Probe(stop, len(path), rows, reads, previous=probe, look=looks)
             if ran.seen is not None:
@@ -203,9 +209,16 @@ def _collect(chosen: list[tuple[tuple[int, ...], Probe]], counts: list[int]) -> 
         rows = torch.cat(parts).split(sizes)
         return torch.cat([rows[i] for i in order])
 
+    def widened(parts: list[Tensor]) -> list[Tensor]:
+        """Let logits of short heads end where the longest do: what is not read is impossible."""
+        widths = {part.shape[1] for part in parts}
+        if len(widths) == 1:
+            return parts
+        return [pad(part, (0, max(widths) - part.shape[1]), value=-math.inf) for part in parts]
+
     probes = [probe for _, probe in chosen]
     if any(probe.is_read or probe.readout != probes[-1].readout for probe in probes):
-        logits = ordered([probe.logits for probe in probes])
+        logits = ordered(widened([probe.logits for probe in probes]))
     else:
         deepest = probes[-1]
         logits = replace(deepest, hidden=ordered([probe.rows for probe in probes])).logits

@@ -21,13 +21,14 @@ from offramp.fast.pack import Format
 from offramp.gate import Gate, fit_gate
 from offramp.heads import low_rank
 from offramp.hf.open import open_model
-from offramp.plan import Path, execute
-from offramp.policy import Policy, Threshold, fixed
+from offramp.meter import Meter
+from offramp.plan import Exit, Path, Plan, execute
+from offramp.policy import FULL, Policy, Threshold, fixed
 from offramp.probe import Probe
-from offramp.request import Request
+from offramp.request import Request, Token
 from offramp.sample import Sampling
 from offramp.signals import find, score
-from offramp.step import step
+from offramp.step import KV, step
 from offramp.trace import record, replay
 from tests.families import build
 from tests.tools import (
@@ -530,3 +531,58 @@ def test_a_head_of_the_paths_end_reads_no_row_that_left(family: str) -> None:
         step(backbone, texts, fixed(2), head=short, stay=[False, True])
         work = backbone.meter - before
     assert (work.head_rows, work.check_rows) == (1, 1)
+
+
+@pytest.mark.parametrize("family", BOTH)
+@pytest.mark.parametrize("head", LISTS, ids=str)
+@pytest.mark.parametrize("kv", ["exact", "copy"])
+def test_a_short_head_of_exits_chooses_what_leaves_and_nothing_else(
+    family: str, head: Shortlist | Tokens, kv: KV
+) -> None:
+    """The best of its entries where a token leaves; the full head's choice where it stays."""
+    backbone = opened(family)
+    allowed = torch.tensor(sorted({*listed(head), 150}))
+    prompts = texts_of(backbone, [8, 5], seed=2)
+    run = Exit(signal="fixed", thresholds={3: 1.0}, kv=kv, max_waiting=4, head=head)
+    head.choose(backbone, {150})  # made, so hooks see it
+    requests = [Request(list(ids), 9, eos=frozenset({150})) for ids in prompts]
+    with counted(backbone):
+        tokens = list(execute(backbone, requests, run))
+    for index, ids in enumerate(prompts):
+        text = Text(list(ids), backbone.open())
+        for token in (token for token in tokens if token.index == index):
+            policy = FULL if token.depth == backbone.shape.num_layers else fixed(3)
+            [logits] = step(backbone, [text], policy, kv=kv).logits
+            if token.depth == 3:
+                assert token.id == int(allowed[logits[allowed].argmax()])
+            else:
+                assert token.id == int(logits.argmax())
+            text.ids.append(token.id)
+    assert {token.depth for token in tokens} == {3, backbone.shape.num_layers}
+
+
+@pytest.mark.parametrize("family", BOTH)
+def test_what_an_exit_chooses_by_is_what_a_full_check_sees(family: str) -> None:
+    """So leaving by a short head costs one look at it; a third head would be one too many."""
+    backbone = opened(family)
+    head = Tokens(tokens=(3, 9, 40, 41, 77))
+    plans = [
+        Exit(signal="margin", thresholds={2: 0.2, 4: 0.1}, check=check, head=head)
+        for check in (FULL_HEAD, head)
+    ]
+    prompts = texts_of(backbone, [8, 5, 3], seed=4)
+
+    def written(run: Exit) -> tuple[list[Token], Meter]:
+        before = backbone.meter.copy()
+        tokens = list(execute(backbone, [Request(list(ids), 8) for ids in prompts], run))
+        return tokens, backbone.meter - before
+
+    (first, work), (second, same) = written(plans[0]), written(plans[1])
+    assert first == second
+    assert work == same
+    stayed = sum(token.depth == backbone.shape.num_layers for token in first)
+    assert 0 < stayed < len(first)
+    assert work.head_rows == stayed, "the full head reads only what runs to the end"
+    wrong = Plan(run=plans[0].model_copy(update={"check": Shortlist(size=9)}))
+    with pytest.raises(UsageError, match="second cheap head"):
+        wrong.check(backbone)

@@ -22,7 +22,7 @@ from offramp.hf.backbone import HFBackbone
 from offramp.hf.load import GENERIC_FORMATS
 from offramp.meter import Meter
 from offramp.model import BackboneName, Model, load
-from offramp.plan import Exit, Full, Plan, Run, Speculate, check_of, execute
+from offramp.plan import Exit, Full, Plan, Run, Speculate, cheap_weights, execute
 from offramp.plan import Path as SubModel
 from offramp.request import Request
 from offramp.text import encode
@@ -52,7 +52,7 @@ def take_turn(backbone: Backbone, plan: Plan, known: Constants, case: Case) -> S
         outputs[token.index].append(token.id)
     done = time.perf_counter()
     work, shape = backbone.meter - read, backbone.shape
-    checks = check_of(plan).weights(shape)
+    checks = cheap_weights(plan, shape)
     return Sample(
         prefill=first - start,
         decode=done - first,

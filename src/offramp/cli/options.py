@@ -131,8 +131,8 @@ HeadText = Annotated[
     typer.Option(
         "--head",
         metavar="full|shortlist:N|tokens:FILE",
-        help="With --exit: what chooses tokens; the N lowest token ids are the most frequent, a "
-        "file lists those of a narrow task.",
+        help="What chooses tokens with --exit, or those that leave with --threshold; the N lowest "
+        "token ids are the most frequent, a file lists those of a narrow task.",
     ),
 ]
 KeyValues = Annotated[
@@ -189,8 +189,8 @@ def parse_plan(
         raise UsageError(f"{' and '.join(named)} exclude each other")
     if check is not None and threshold is None:
         raise UsageError("--check says what a --threshold looks at; give one")
-    if head is not None and exit_depth is None:
-        raise UsageError("--head says what chooses the tokens of --exit DEPTH; give one")
+    if head is not None and exit_depth is None and threshold is None:
+        raise UsageError("--head says what chooses the tokens of --exit or --threshold; give one")
     if draft is not None:
         if draft < 1:
             raise UsageError(f"--draft {draft}: a draft runs 1 layer or more")
@@ -204,7 +204,8 @@ def parse_plan(
     if threshold is not None:
         signal, values = parse_threshold(threshold)
         looked_at = parse_check(check or "full")
-        run = Exit(signal=signal, thresholds=values, kv=kv.value, check=looked_at)
+        chooses = parse_head(head or "full")
+        run = Exit(signal=signal, thresholds=values, kv=kv.value, check=looked_at, head=chooses)
         _ = run.policy  # refuses an unknown signal or a value out of range before a model loads
         return Plan(run=run)
     return Plan() if plan in (None, "full") else read_plan(Path(str(plan)))

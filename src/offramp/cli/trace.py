@@ -135,11 +135,17 @@ def _rows(recorded: Trace) -> list[dict[str, Any]]:
 
 
 def _replayed(recorded: Trace, chosen: Plan) -> dict[str, Any] | None:
+    from offramp.checks import FULL_HEAD
     from offramp.plan import Exit
     from offramp.trace import replay
 
     if not isinstance(chosen.run, Exit):
         return None
+    if chosen.run.head != FULL_HEAD:
+        raise UsageError(
+            f"a trace knows what the full head chooses, and here {chosen.run.head} chooses the "
+            "tokens that leave: trace the plan without it"
+        )
     done = replay(
         recorded,
         chosen.run.policy,
