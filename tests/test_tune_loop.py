@@ -24,7 +24,7 @@ from offramp import files
 from offramp.decode import decode
 from offramp.errors import OfframpError, UsageError
 from offramp.hf.tuned import load_tuned
-from offramp.tune import answers, loop, run, state
+from offramp.tune import answers, gradients, loop, run, state
 from offramp.tune.data import read_examples
 from offramp.tune.losses import Losses
 from offramp.tune.network import Net
@@ -277,7 +277,7 @@ def test_a_full_disk_keeps_the_state_before(
 
 
 def _stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, calls = loop.add_gradients, []
+    plain, calls = gradients.add_gradients, []
 
     def stopping(*args: Any) -> Any:
         calls.append(1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from offramp.errors import OfframpError, UsageError
-from offramp.tune import loop, run, state
+from offramp.tune import gradients, loop, run, state
 from offramp.tune.data import NO_TOKENS, Example, read_examples
 from offramp.tune.gradients import arithmetic
 from offramp.tune.log import read_log
@@ -61,7 +61,7 @@ def short(recipe: str = "lite", **changes: Any) -> Settings:
 
 def stop_in(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupt the run in this step, counted from 1."""
-    plain, calls = loop.add_gradients, []
+    plain, calls = gradients.add_gradients, []
 
     def stopping(*args: Any) -> Any:
         calls.append(1)
@@ -115,7 +115,7 @@ def test_a_kill_between_two_renames_leaves_a_whole_state(
 ) -> None:
     """Also where the kill before left the older state alone, under its other name."""
     place, old, new = tmp_path / "state", tmp_path / ".state.old", tmp_path / ".state.part"
-    real = {"rename": Path.rename, "rmtree": shutil.rmtree}
+    real: dict[str, Any] = {"rename": Path.rename, "rmtree": shutil.rmtree}
     for moment in range(4):
         for folder in (place, old, new):
             real["rmtree"](folder, ignore_errors=True)
