@@ -30,7 +30,7 @@ from offramp.cli.output import environment
 from offramp.files import write_text
 from offramp.hf.load import load_checkpoint
 from offramp.tune.data import Example, read_examples
-from offramp.tune.loop import Student
+from offramp.tune.gradients import Student
 from offramp.tune.network import Net
 from offramp.tune.packing import collate, pack
 from offramp.tune.recipes import Moment

@@ -24,7 +24,7 @@ from offramp import files
 from offramp.decode import decode
 from offramp.errors import OfframpError, UsageError
 from offramp.hf.tuned import load_tuned
-from offramp.tune import answers, loop, state
+from offramp.tune import answers, gradients, loop, run, state
 from offramp.tune.data import read_examples
 from offramp.tune.losses import Losses
 from offramp.tune.network import Net
@@ -51,6 +51,14 @@ def settings(recipe: str = "lite", **changes: Any) -> Settings:
         "precision": "fp32",
     }
     return Settings.model_validate({**made, **changes})
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than these runs; one test draws them."""
+    if "pictures" not in request.node.name:
+        for name in ("draw", "draw_reliability"):
+            monkeypatch.setattr(run, name, lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -142,20 +150,20 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
     """kill -9 at any moment: the same command ends bit for bit where an unbroken run does."""
-    unbroken = tune(str(model), [str(rows)], settings(epochs=3), tmp_path / "unbroken")
+    unbroken = tune(str(model), [str(rows)], settings(epochs=2), tmp_path / "unbroken")
     out = tmp_path / "killed"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-m", "offramp.cli", *command(model, rows, out, "--epochs", "3")]
+    asked = [sys.executable, "-m", "offramp.cli", *command(model, rows, out, "--epochs", "2")]
     draw = random.Random(7)
-    for _ in range(3):
+    for _ in range(2):
         before = _lines(out)
-        with subprocess.Popen(run, env=environment, stderr=subprocess.DEVNULL) as process:
+        with subprocess.Popen(asked, env=environment, stderr=subprocess.DEVNULL) as process:
             while _lines(out) < before + 3 and process.poll() is None:
                 time.sleep(0.005)
             time.sleep(draw.random() * 0.02)
             process.send_signal(signal.SIGKILL)
     assert not (out / "offramp.json").exists(), "killed too late to show anything"
-    subprocess.run(run, env=environment, check=True, capture_output=True)
+    subprocess.run(asked, env=environment, check=True, capture_output=True)
     found, expected = weights(out), weights(unbroken.folder)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -175,10 +183,12 @@ def test_two_processes_train_what_one_does(model: Path, rows: Path, tmp_path: Pa
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     port = ["--main_process_port", str(random.randrange(20000, 60000))]
-    run = [*launch, *port, "-m", "offramp.cli", *command(model, rows, out)]
+    asked = [*launch, *port, "-m", "offramp.cli", *command(model, rows, out, "--json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+    (said,) = done.stdout.splitlines()
+    assert json.loads(said)["out"] == str(out), "one of them reports"
     found, expected = weights(out), weights(alone.folder)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
@@ -211,10 +221,15 @@ def test_another_run_does_not_go_on_from_a_state(
         tune(str(model), [str(changed)], settings(), out)
 
 
-def test_a_finished_folder_is_not_written_over(model: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_finished_folder_with_pictures_is_not_written_over(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
     """A tuned model costs hours."""
     out = tmp_path / "out"
     tune(str(model), [str(rows)], settings(), out)
+    assert all(
+        (out / name).read_bytes()[1:4] == b"PNG" for name in ("losses.png", "reliability.png")
+    )
     with pytest.raises(OfframpError, match="holds a tuned model already"):
         tune(str(model), [str(rows)], settings(), out)
 
@@ -262,7 +277,7 @@ def test_a_full_disk_keeps_the_state_before(
 
 
 def _stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, calls = loop._step, []
+    plain, calls = gradients.add_gradients, []
 
     def stopping(*args: Any) -> Any:
         calls.append(1)
@@ -270,7 +285,7 @@ def _stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return plain(*args)
 
-    monkeypatch.setattr(loop, "_step", stopping)
+    monkeypatch.setattr(loop, "add_gradients", stopping)
 
 
 def test_what_does_not_go_together_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def _saved(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
     try:
         save_file(tensors, path, metadata)
+        _sync(path)
     except SafetensorError as error:  # safetensors has its own words for a full disk
         raise OSError(str(error)) from error
 

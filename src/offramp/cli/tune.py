@@ -11,7 +11,8 @@ import typer
 from offramp.cli import options as o
 
 if TYPE_CHECKING:
-    from offramp.tune.run import Figures, Tuned
+    from offramp.tune.figures import Figures
+    from offramp.tune.run import Tuned
 
 
 class RecipeName(StrEnum):
@@ -74,7 +75,12 @@ def tune(
             "each perhaps .gz, or a hub id; may be given several times.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the tuned model.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="New folder for the tuned model, or that of a run to go on with."
+        ),
+    ] = None,
     recipe: Annotated[
         RecipeName,
         typer.Option(
@@ -84,7 +90,11 @@ def tune(
         ),
     ] = RecipeName.lite,
     exits: Annotated[
-        str | None, typer.Option(metavar="DEPTH,...", help="Depths to teach, e.g. 12,18,24.")
+        str | None,
+        typer.Option(
+            metavar="DEPTH,...",
+            help="Depths to teach, e.g. 12,18,24; every recipe but sft and skip needs some.",
+        ),
     ] = None,
     readout: Annotated[
         ReadoutName | None,
@@ -109,7 +119,7 @@ def tune(
         int, typer.Option(min=0, help="Train adapters of this rank; 0 trains all weights.")
     ] = 0,
     lora_layers: Annotated[
-        int, typer.Option(min=0, help="Give only the first N layers adapters; 0: all.")
+        int, typer.Option(min=0, help="With --lora: only the first N layers get adapters; 0: all.")
     ] = 0,
     answers: Annotated[
         str | None,
@@ -168,9 +178,8 @@ def tune(
     offramp generate OUT, bench OUT, trace OUT.
     """
     from offramp.errors import UsageError
-    from offramp.tune.run import check_settings
     from offramp.tune.run import tune as run
-    from offramp.tune.settings import Settings
+    from offramp.tune.settings import make_settings
 
     if not data:
         raise UsageError("name what to learn: --data FILE (or a hub id)")
@@ -178,7 +187,7 @@ def tune(
         raise UsageError("name the folder for the tuned model: --out DIR")
     heads = recipe is RecipeName.heads
     light = bool(lora) or heads or recipe is RecipeName.gates
-    settings = Settings(
+    settings = make_settings(
         recipe=recipe.value,
         exits=o.parse_depths(exits) or (),
         readout=(readout or (ReadoutName.block if heads else ReadoutName.shared)).value,
@@ -192,7 +201,7 @@ def tune(
         answers=answers,
         answer_tokens=answer_tokens,
         answer_weights=answer_weights.value,
-        learning_rate=learning_rate or (2e-4 if light else 2e-5),
+        learning_rate=(2e-4 if light else 2e-5) if learning_rate is None else learning_rate,
         length=length,
         rows=rows,
         rows_at_once=min(rows_at_once, rows),
@@ -203,7 +212,6 @@ def tune(
         precision=precision.value,
         raw=raw,
     )
-    check_settings(settings)
     tuned = run(
         model,
         data,
@@ -215,7 +223,8 @@ def tune(
         save_every=save_every,
         trust_remote_code=trust_remote_code,
     )
-    _show(tuned, as_json=json)
+    if tuned.main:
+        _show(tuned, as_json=json)
 
 
 def _show(tuned: Tuned, *, as_json: bool) -> None:
@@ -235,6 +244,11 @@ def _show(tuned: Tuned, *, as_json: bool) -> None:
                 for new, old in rows
             ]
             table(name, head, shown, console)
+        left_out = dict(tuned.skipped)
+        if tuned.truncated:
+            left_out["answers cut at --length"] = tuned.truncated
+        for reason, count in left_out.items():
+            console.print(f"{count} rows: {reason}")
         console.print(f"Written to {tuned.folder}: offramp generate {tuned.folder}")
     result = {
         "model": tuned.card.base.name,
@@ -245,6 +259,8 @@ def _show(tuned: Tuned, *, as_json: bool) -> None:
         "card": tuned.card.model_dump(mode="json"),
         "before": tuned.before,
         "after": tuned.after,
+        "skipped": tuned.skipped,
+        "truncated": tuned.truncated,
     }
     finish(result, as_json=as_json, out=None)
 

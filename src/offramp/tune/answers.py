@@ -55,6 +55,8 @@ def answer(
     """
     from tqdm import tqdm
 
+    if not prompts:
+        raise OfframpError("the data asks nothing: --answers needs rows with prompts")
     path = folder / ANSWERS
     ids = [encode(model.tokenizer, prompt, raw=raw) for prompt in prompts]
     facts = {

@@ -17,6 +17,8 @@ from offramp.tune.rows import Faults, Row, Rows, read_rows
 
 TOO_LONG = "prompt without room for an answer"
 """Why a row was skipped that no flag lets in."""
+NO_TOKENS = "answer without tokens"
+"""Likewise."""
 
 _CHUNK = 1000
 _SHOW_BAR_FROM = 5000
@@ -120,6 +122,8 @@ def _add(made: Data, example: Example | None, row: Row, max_length: int) -> None
     if not row.prompt:
         starts = range(0, len(ids) - 1, max_length - 1)
         made.examples += [Example(ids[start : start + max_length], 1) for start in starts]
+    elif first >= len(ids):  # a tokenizer without an end, and an answer of no tokens
+        made.skipped[NO_TOKENS] = made.skipped.get(NO_TOKENS, 0) + 1
     elif first >= max_length:
         made.skipped[TOO_LONG] = made.skipped.get(TOO_LONG, 0) + 1
     else:

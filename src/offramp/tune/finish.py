@@ -15,6 +15,7 @@ from offramp.card import GATES, READOUTS, Card, write_card
 from offramp.errors import OfframpError
 from offramp.files import write_tensors
 from offramp.gate import GateWeights
+from offramp.hf.load import quiet
 from offramp.readouts import ExitReadout, write_readouts
 from offramp.tune.network import Net
 
@@ -82,7 +83,8 @@ def _beside(folder: Path, save: Callable[[str], Any]) -> None:
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save(str(part))
+        with quiet():
+            save(str(part))
         for file in sorted(part.iterdir()):
             file.replace(folder / file.name)
     except (OSError, SafetensorError) as error:

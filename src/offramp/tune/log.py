@@ -56,14 +56,17 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run so far; a line cut by a kill is left out."""
     try:
         lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return []
     found = []
     for line in lines:
         try:
-            found.append(json.loads(line))
+            read = json.loads(line)
         except ValueError:
             break
+        if not isinstance(read, dict) or not isinstance(read.get("step"), int):
+            break  # no line of ours
+        found.append(read)
     return found
 
 

@@ -60,6 +60,15 @@ class Net(nn.Module):
         # A list hides it from ``parameters()``: it is looked at, not trained or saved.
         self._teacher = [] if teacher is None else [Net(teacher.eval().requires_grad_(False), ())]
         self._place = HeadPlace(model, self.adapter) if kind == "head" else None
+        # Dropout stays off: exits learn the states that they will read, and a step repeats itself.
+        self.eval()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Net:
+        """Move or cast the teacher, too, whom a module does not know."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for teacher in self._teacher:
+            teacher._apply(fn, recurse)
+        return self
 
     def _own(self, kind: ReadoutKind) -> nn.Module:
         """Return an exit's own readout as it starts: as the model would read out here, or nearly.

@@ -87,8 +87,6 @@ def judge(
     depths = [*net.exits, net.num_layers]
     sums = {depth: _Sums() for depth in depths}
     rows = 0
-    training = net.training
-    net.eval()
     for batch in _batches(net, examples, length, device, rows_at_once):
         states = net.states(batch, depths)
         for start in range(0, len(states.labels), CHUNK):
@@ -101,7 +99,6 @@ def judge(
                 whole = depth == net.num_layers
                 read = deepest if whole else net.reader(depth)(states.rows[depth][part])
                 sums[depth].add(read, labels, last)
-    net.train(training)
     return [sums[depth].row(depth, max(rows, 1)) for depth in depths]
 
 

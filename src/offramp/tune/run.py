@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from offramp.card import Base, Card, Recipe, read_card
+from offramp.card import Base, Card, Recipe
 from offramp.card import Data as CardData
-from offramp.errors import OfframpError, UsageError
+from offramp.errors import UsageError
 from offramp.files import write_text
-from offramp.hf.adapter import find_layers
 from offramp.hf.backbone import fingerprint
-from offramp.hf.load import load_checkpoint, quiet
+from offramp.hf.load import load_checkpoint
 from offramp.machine import versions
 from offramp.model import load
 from offramp.policy import check_exits
 from offramp.tune.answers import answer
 from offramp.tune.data import Data, Example, read_examples
+from offramp.tune.figures import Figures, digest, figures_before, judge_all
 from offramp.tune.finish import write_tuned
 from offramp.tune.log import draw, read_log
 from offramp.tune.loop import make_accelerator, train
 from offramp.tune.network import Net
-from offramp.tune.recipes import find
-from offramp.tune.report import draw_reliability, judge
+from offramp.tune.opening import check_settings, must_be_whole, open_net
+from offramp.tune.place import BEFORE, held
+from offramp.tune.report import draw_reliability
 from offramp.tune.rows import prompts_of, read_rows
 from offramp.tune.settings import Settings
-from offramp.tune.state import Run, clear_state
+from offramp.tune.state import Run, clear_state, must_continue
 
 REPORT = "report.json"
-_BEFORE = "before.json"
-Figures = dict[str, list[dict[str, Any]]]
-"""Rows of :func:`offramp.tune.report.judge`, by the name of the text judged on."""
+_HELD_OUT = "held out"
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,12 @@ class Tuned:
     card: Card
     before: Figures
     after: Figures
+    skipped: dict[str, int]
+    """Rows left out, by reason."""
+    truncated: int
+    """Answers that were cut."""
+    main: bool
+    """Whether this process is the one of several that reports."""
 
 
 def tune(
@@ -84,46 +86,76 @@ def tune(
         UsageError: settings that do not go together, or exits the model does not have.
     """
     check_settings(settings)
-    if read_card(out) is not None:
-        raise OfframpError(f"{out} holds a tuned model already; name another --out")
+    must_be_whole(name)
     accelerator = make_accelerator(settings)
-    material = None
-    if settings.answers is not None:
-        with accelerator.main_process_first():  # the others then find the answers written
-            material = _answered(name, data, settings, out, limit, skip_bad, trust_remote_code)
-    model, tokenizer, shown = load_checkpoint(name, trust_remote_code=trust_remote_code)
-    started_from = fingerprint(model)  # adapters change its parameters' names
-    net, adapted = open_net(model, settings)
-    read = partial(
-        read_examples,
-        tokenizer=tokenizer,
-        raw=settings.raw,
-        max_length=settings.length,
-        skip_bad=skip_bad,
-    )
-    if material is None:
-        material = read(data, limit=limit)
-    training, held = hold_out(material.examples, settings)
-    judged = {"held out": held} if held else {}
-    for source in watch:
-        judged[Path(source).name] = read([source]).examples
-    run = Run(settings.model_dump(mode="json"), material.files, started_from)
-    net.to(accelerator.device)
-    before = _before(out, run, lambda: _judged(net, judged, settings, accelerator))
-    seen = train(net, training, settings, run, out, accelerator, save_every=save_every)
-    after = _judged(net, judged, settings, accelerator)
-    card = _card(shown, run, settings, material, seen, net)
-    if accelerator.is_main_process:
-        report = {"before": before, "after": after, "skipped": material.skipped}
-        write_text(out / REPORT, json.dumps(report, indent=1))
-        draw(out, read_log(out))
-        if held and settings.exits:
-            draw_reliability(out, before["held out"], after["held out"])
-        write_tuned(out, net, adapted, tokenizer, card)
-        clear_state(out)
-        (out / _BEFORE).unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    return Tuned(out, card, before, after)
+    with held(out, main=accelerator.is_main_process):
+        material = None
+        if settings.answers is not None:
+            with accelerator.main_process_first():  # the others then find the answers written
+                material = _answered(
+                    name, data, settings, out, limit, skip_bad, trust_remote_code, accelerator
+                )
+        model, tokenizer, shown = load_checkpoint(name, trust_remote_code=trust_remote_code)
+        started_from = fingerprint(model)  # adapters change its parameters' names
+        net, adapted = open_net(model, settings)
+        read = partial(
+            read_examples,
+            tokenizer=tokenizer,
+            raw=settings.raw,
+            max_length=settings.length,
+            skip_bad=skip_bad,
+        )
+        if material is None:
+            material = read(data, limit=limit)
+        training, kept_out = hold_out(material.examples, settings)
+        judged = {_HELD_OUT: kept_out} if kept_out else {}
+        for source in watch:
+            judged[_free(Path(source).name, judged)] = read([source]).examples
+        chosen = settings.model_dump(mode="json")
+        run = Run(chosen, material.files, started_from, digest(material.examples))
+        must_continue(out, run)
+        net.to(accelerator.device)
+        figures = partial(judge_all, net, judged, settings, accelerator)
+        before = figures_before(out, run, judged, figures, main=accelerator.is_main_process)
+        seen = train(net, training, settings, run, out, accelerator, save_every=save_every)
+        card = _card(shown, run, settings, material, seen, net)
+        tuned = Tuned(
+            out,
+            card,
+            before,
+            figures(),
+            material.skipped,
+            material.truncated,
+            accelerator.is_main_process,
+        )
+        if tuned.main:
+            _write(tuned, net, adapted, tokenizer)
+        accelerator.wait_for_everyone()
+    return tuned
+
+
+def _write(tuned: Tuned, net: Net, adapted: Any, tokenizer: Any) -> None:
+    """Write report, pictures and model, then remove what only an unfinished run needs."""
+    out = tuned.folder
+    report = {
+        "before": tuned.before,
+        "after": tuned.after,
+        "skipped": tuned.skipped,
+        "truncated": tuned.truncated,
+    }
+    write_text(out / REPORT, json.dumps(report, indent=1))
+    draw(out, read_log(out))
+    if _HELD_OUT in tuned.after and tuned.card.exits:
+        draw_reliability(out, tuned.before[_HELD_OUT], tuned.after[_HELD_OUT])
+    write_tuned(out, net, adapted, tokenizer, tuned.card)
+    clear_state(out)
+    (out / BEFORE).unlink(missing_ok=True)
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """Return a name for a text: two files in different folders may share theirs."""
+    names = [name, *(f"{name} ({number})" for number in range(2, len(taken) + 3))]
+    return next(free for free in names if free not in taken)
 
 
 def _answered(
@@ -134,87 +166,35 @@ def _answered(
     limit: int | None,
     skip_bad: bool,
     trust_remote_code: bool,
+    accelerator: Accelerator,
 ) -> Data:
-    """Return the prompts of the data with answers by a model; opened for that alone."""
+    """Return the prompts of the data with answers by a model; opened for that alone.
+
+    What would be refused after hours of answering is refused before.
+    """
     rows = read_rows(data, answers=False, limit=limit, skip_bad=skip_bad)
+    prompts = prompts_of(rows.rows)
+    if prompts:
+        _must_leave_some(len(prompts), settings)
     speaker = load(
         name if settings.answers == "self" else settings.answers,
         weights=settings.answer_weights,
         trust_remote_code=trust_remote_code,
     )
+    if settings.answers == "self":
+        check_exits(settings.exits, speaker.backbone.shape.num_layers)
     made = answer(
         speaker,
-        prompts_of(rows.rows),
+        prompts,
         out,
         rows.files,
         raw=settings.raw,
         length=settings.length,
         max_new_tokens=settings.answer_tokens,
+        show=accelerator.is_main_process,
     )
     made.skipped |= rows.faults.counts
     return made
-
-
-def check_settings(settings: Settings) -> None:
-    """Refuse settings that do not go together, before anything is loaded.
-
-    Raises:
-        UsageError: they do not.
-    """
-    find(settings.recipe)
-    own = settings.readout != "shared"
-    if settings.recipe == "heads" and not own:
-        raise UsageError("--recipe heads needs --readout affine, head or block")
-    if settings.recipe in ("sft", "gates", "skip") and own:
-        raise UsageError(f"--recipe {settings.recipe} trains no --readout {settings.readout}")
-    if settings.recipe not in ("sft", "skip") and not settings.exits:
-        raise UsageError(f"--recipe {settings.recipe} needs --exits DEPTH,...")
-    if settings.recipe in ("heads", "gates") and (settings.lora or settings.distill):
-        raise UsageError(
-            f"--recipe {settings.recipe} leaves the model alone and learns from its last layer: it "
-            "takes neither --lora nor --distill"
-        )
-    if settings.teacher == "base" and not settings.distill:
-        raise UsageError("--teacher says who is distilled: give --distill SHARE, too")
-
-
-def open_net(model: Any, settings: Settings) -> tuple[Net, Any]:
-    """Return the model opened for a recipe, and the peft model around it or None.
-
-    Raises:
-        UsageError: exits that the model does not have.
-        OfframpError: adapters are wanted, but peft is not installed.
-    """
-    teacher = copy.deepcopy(model) if settings.teacher == "base" else None
-    net = Net(model, settings.exits, settings.readout, teacher)
-    check_exits(settings.exits, net.num_layers)
-    # Last, and in place: an exit's block starts as a plain copy of the last layer.
-    return net, _with_adapters(model, settings) if settings.lora else None
-
-
-def _with_adapters(model: Any, settings: Settings) -> Any:
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise OfframpError("--lora needs peft: pip install 'offramp[tune]'") from error
-    linear = (nn.Linear, Conv1D)
-    layers = find_layers(model)
-    config = LoraConfig(
-        r=settings.lora,
-        lora_alpha=2 * settings.lora,
-        target_modules=sorted(
-            {
-                name.rpartition(".")[2]
-                for layer in layers
-                for name, module in layer.named_modules()
-                if isinstance(module, linear)
-            }
-        ),
-        task_type="CAUSAL_LM",
-        layers_to_transform=list(range(settings.lora_layers or len(layers))),
-    )
-    with quiet():
-        return get_peft_model(model, config)
 
 
 def hold_out(
@@ -227,43 +207,18 @@ def hold_out(
     """
     order = list(range(len(examples)))
     random.Random(f"held out:{settings.seed}").shuffle(order)
-    if len(order) <= settings.held_out:
-        raise UsageError(
-            f"--held-out {settings.held_out} leaves none of {len(order)} examples to train on"
-        )
+    _must_leave_some(len(order), settings)
     held = sorted(order[: settings.held_out])
     kept = sorted(order[settings.held_out :])
     return [examples[i] for i in kept], [examples[i] for i in held]
 
 
-def _judged(
-    net: Net, judged: dict[str, list[Example]], settings: Settings, accelerator: Accelerator
-) -> Figures:
-    with accelerator.autocast():
-        return {
-            name: judge(net, examples, settings.length, accelerator.device)
-            for name, examples in judged.items()
-        }
-
-
-def _before(out: Path, run: Run, measure: Any) -> Figures:
-    """Return the figures of the untouched model: measured once, kept for when a run goes on."""
-    path = out / _BEFORE
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["model"] == run.model and kept["data"] == dict(run.data):
-            figures: Figures = kept["figures"]
-            return figures
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    figures = measure()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OfframpError(f"cannot make the folder {out}: {error.strerror}") from error
-    kept = {"model": run.model, "data": dict(run.data), "figures": figures}
-    write_text(path, json.dumps(kept))
-    return figures
+def _must_leave_some(count: int, settings: Settings) -> None:
+    if count <= settings.held_out:
+        raise UsageError(
+            f"--held-out {settings.held_out} leaves none of {count} examples to train on; hold out "
+            "fewer"
+        )
 
 
 def _card(shown: str, run: Run, settings: Settings, material: Data, seen: int, net: Net) -> Card:

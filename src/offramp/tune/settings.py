@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from offramp.card import ReadoutKind
 from offramp.checks import Record
+from offramp.errors import UsageError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -64,3 +65,18 @@ class Settings(Record):
     """Most tokens of such an answer."""
     answer_weights: Literal["fp32", "bf16", "int8", "int4"] = "int8"
     """How the one who answers holds its weights."""
+
+
+def make_settings(**options: Any) -> Settings:
+    """Return the settings that options of the command line name.
+
+    Raises:
+        UsageError: a value is out of range; the option is named.
+    """
+    try:
+        return Settings(**options)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        option = str(wrong["loc"][0]).replace("_", "-")
+        said = wrong["msg"].removeprefix("Input ")
+        raise UsageError(f"--{option}: {wrong['input']} {said}") from error

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,8 @@ class Run:
     """SHA-256 by file name."""
     model: str
     """Fingerprint of the model that tuning starts from."""
+    examples: str = ""
+    """Of the examples themselves, which the same files may yield others of."""
 
     def must_equal(self, other: Run, folder: Path) -> None:
         """Refuse to go on from another run's state.
@@ -59,6 +60,11 @@ class Run:
         if changed:
             raise OfframpError(
                 f"{folder} holds a run on other data: {min(changed)} has changed since; {again}"
+            )
+        if self.examples != other.examples:
+            raise OfframpError(
+                f"{folder} holds a run on other rows of the same data (--limit, --skip-bad or the "
+                f"tokenizer differ); {again}"
             )
         for name in sorted({*self.settings, *other.settings}):
             ours, theirs = self.settings.get(name), other.settings.get(name)
@@ -102,6 +108,7 @@ def save_state(
         "step": step,
         "model": run.model,
         "data": dict(run.data),
+        "examples": run.examples,
         "settings": dict(run.settings),
         "counts": counts,
     }
@@ -124,8 +131,8 @@ def save_state(
 def _swap(new: Path, place: Path) -> None:
     """Put a folder in the place of another; killed in between, ``find`` sees the old one."""
     old = place.with_name(f".{_FOLDER}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    with suppress(FileNotFoundError):
+    if place.exists():  # else the old one, left by a kill in here, is all there is
+        shutil.rmtree(old, ignore_errors=True)
         place.rename(old)
     new.rename(place)
     shutil.rmtree(old, ignore_errors=True)
@@ -139,6 +146,31 @@ def find_state(folder: Path) -> Path | None:
     return None
 
 
+def must_continue(folder: Path, run: Run) -> None:
+    """Refuse a folder that holds the state of another run, before anything is computed.
+
+    Raises:
+        OfframpError: it does, or the state is broken.
+    """
+    place = find_state(folder)
+    try:
+        if place is not None:
+            _facts(place, run)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OfframpError(f"{place} is no state of a run: {error}") from error
+
+
+def _facts(place: Path, run: Run) -> dict[str, Any]:
+    """Return what a state says of itself, which must be the state of this run."""
+    facts: dict[str, Any] = json.loads((place / _FACTS).read_text(encoding="utf-8"))
+    if facts["format"] != _FORMAT:
+        raise OfframpError(f"{place} has format {facts['format']}, not {_FORMAT}")
+    examples = facts.get("examples", run.examples)  # the first states told nothing of them
+    written = Run(facts["settings"], facts["data"], facts["model"], examples)
+    run.must_equal(written, place.parent)
+    return facts
+
+
 def load_state(place: Path, run: Run, trained: dict[str, nn.Parameter], optimiser: Any) -> int:
     """Put a run's weights and averages back and return how many steps were done.
 
@@ -146,11 +178,7 @@ def load_state(place: Path, run: Run, trained: dict[str, nn.Parameter], optimise
         OfframpError: it is of another run, broken, or does not match what is trained.
     """
     try:
-        facts = json.loads((place / _FACTS).read_text(encoding="utf-8"))
-        if facts["format"] != _FORMAT:
-            raise OfframpError(f"{place} has format {facts['format']}, not {_FORMAT}")
-        written = Run(facts["settings"], facts["data"], facts["model"])
-        run.must_equal(written, place.parent)
+        facts = _facts(place, run)
         weights, moments = load_file(place / _WEIGHTS), load_file(place / _OPTIMISER)
         step, counts = int(facts["step"]), dict(facts["counts"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
