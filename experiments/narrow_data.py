@@ -128,6 +128,11 @@ def parse_prompt(prompt: str) -> Meaning:
     return tuple((key, value) for key, value in pairs)
 
 
+def invented_names() -> list[str]:
+    """Return names that are put together from two lists of words."""
+    return [f"{start}{a} {b}" for start in ("", "The ") for a in _FIRST for b in _SECOND]
+
+
 def synthetic(
     known: Sequence[Meaning], tested: Sequence[Meaning], count: int, drawn: random.Random
 ) -> list[Meaning]:
@@ -138,7 +143,7 @@ def synthetic(
     """
     values = _values(known)
     spent = {value for found in _values(tested).values() for value in found}
-    names = [f"{start}{a} {b}" for start in ("", "The ") for a in _FIRST for b in _SECOND]
+    names = invented_names()
     invented = {**_INVENTED, "name": names, "near": names}
     fresh = {key: [v for v in made if v not in spent] for key, made in invented.items()}
     taken, made = {frozenset(m) for m in (*known, *tested)}, list[Meaning]()

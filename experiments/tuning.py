@@ -7,7 +7,8 @@ TASK is one of
 * general: instruction following on Alpaca (non-commercial licence: the weights stay where they are
   made). Plain fine-tuning, LITE and SoFT, two million tokens each.
 * e2e: data to text. Plain fine-tuning first; then LITE with half of each exit's loss the last
-  layer's, on that model's own answers to training and synthetic prompts.
+  layer's, on that model's own answers to training and synthetic prompts; then more of it on those
+  answers with other names (`narrow_names.py` writes them once the second arm is done).
 * sst2, ag_news: sentiment and topic in one token. Plain fine-tuning, and LITE with the same budget.
 
 Rows of the narrow tasks are those of ``narrow_data.py``, written to RUNS on the way. Every arm is
@@ -66,6 +67,12 @@ TASKS: dict[str, list[Arm]] = {
             "--recipe lite --exits 12,18 --distill 0.5 --learning-rate 2e-4 --answers self "
             "--answer-tokens 90 --tokens 350000 " + _NARROW.replace("train", "prompts"),
             start="sft",
+        ),
+        Arm(
+            "named",
+            "--recipe lite --exits 12,18 --distill 0.5 --learning-rate 1.5e-4 --tokens 800000 "
+            + _NARROW.replace("train", "named"),
+            start="lite",
         ),
     ],
     "sst2": [

@@ -36,6 +36,7 @@ paths = st.lists(st.integers(0, 99), max_size=6).map(tuple)
 lists = st.builds(
     Tokens, tokens=st.sets(st.integers(0, 2**31 - 1), min_size=2, max_size=9).map(sorted).map(tuple)
 )
+heads = st.just(FULL_HEAD) | st.builds(Shortlist, size=st.integers(2, 2**31 - 1)) | lists
 runs: dict[str, st.SearchStrategy[Any]] = {
     "full": st.builds(Full),
     "exit": st.builds(
@@ -50,6 +51,7 @@ runs: dict[str, st.SearchStrategy[Any]] = {
         | lists
         | st.builds(LowRank, rank=st.integers(1, 99))
         | st.builds(GateFile, file=names),
+        head=heads,
     ),
     "speculate": st.builds(
         Speculate, draft=paths, tokens=st.integers(-9, 99), min_confidence=numbers
@@ -57,7 +59,7 @@ runs: dict[str, st.SearchStrategy[Any]] = {
     "path": st.builds(
         Path,
         layers=paths,
-        head=st.just(FULL_HEAD) | st.builds(Shortlist, size=st.integers(2, 2**31 - 1)) | lists,
+        head=heads,
     ),
 }
 model_ids = st.builds(ModelId, name=names, num_layers=st.integers(), fingerprint=names)
@@ -80,6 +82,7 @@ def example(kind: str) -> dict[str, Any]:
             "max_waiting": 3,
             "exit_prompt": True,
             "check": {"kind": "shortlist", "size": 7},
+            "head": {"kind": "shortlist", "size": 7},
         },
         "speculate": {"draft": [0, 1, 3], "tokens": 2, "min_confidence": 0.25},
         "path": {"layers": [0, 2, 5], "head": {"kind": "shortlist", "size": 9}},
