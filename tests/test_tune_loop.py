@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -460,3 +461,28 @@ def test_skip_gates_run_fewer_layers_the_more_they_cost(
         tail = [line["losses"]["0"] for line in lines[-10:]]
         shares.append(sum(tail) / len(tail))
     assert 2 / 6 <= shares[1] < shares[0] - 0.1
+
+
+def test_a_tracker_is_told_what_the_log_is(
+    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step once, with the loss of each depth; one that is not installed is refused at once."""
+    told: dict[int, dict[str, float]] = {}
+
+    def keep(_self: Accelerator, values: dict[str, float], step: int) -> None:
+        told[step] = values
+
+    monkeypatch.setattr(Accelerator, "log", keep)
+    out = tmp_path / "out"
+    tune(str(model), [str(rows)], settings(), out)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert list(told) == [line["step"] for line in lines]
+    for line in lines:
+        values = told[line["step"]]
+        assert {f"loss/{depth}": loss for depth, loss in line["losses"].items()}.items() <= (
+            values.items()
+        )
+    monkeypatch.setattr(loop, "find_spec", lambda _name: None)
+    with pytest.raises(OfframpError, match="pip install trackio"):
+        tune(str(model), [str(rows)], settings(), tmp_path / "other", tracker="trackio")
+    assert not (tmp_path / "other").exists()

@@ -58,6 +58,13 @@ class GateInput(StrEnum):
     fixed = "fixed"
 
 
+class TrackerName(StrEnum):
+    """Who keeps figures of experiments."""
+
+    trackio = "trackio"
+    tensorboard = "tensorboard"
+
+
 class Precision(StrEnum):
     """Of the arithmetic."""
 
@@ -165,6 +172,10 @@ def tune(
         bool, typer.Option("--skip-bad", help="Count and leave out rows that are wrong.")
     ] = False,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between states on disk.")] = 25,
+    report_to: Annotated[
+        TrackerName | None,
+        typer.Option(help="Also tell a tracker of experiments each step's figures."),
+    ] = None,
     precision: Annotated[
         Precision, typer.Option(help="Of the arithmetic; weights are trained in fp32.")
     ] = Precision.bf16,
@@ -221,6 +232,7 @@ def tune(
         limit=limit,
         skip_bad=skip_bad,
         save_every=save_every,
+        tracker=None if report_to is None else report_to.value,
         trust_remote_code=trust_remote_code,
     )
     if tuned.main:

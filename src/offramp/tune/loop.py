@@ -6,8 +6,9 @@ import math
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -26,21 +27,37 @@ from offramp.tune.settings import Settings
 from offramp.tune.state import Run, find_state, load_state, save_state
 from offramp.tune.steps import labels, plan_steps, tokens
 
+Tracker = Literal["trackio", "tensorboard"]
+
 _LONGEST_WAIT = timedelta(days=7)
 """Of one process for another: the first may generate answers for hours."""
 
 
-def make_accelerator(settings: Settings) -> Accelerator:
-    """Return what knows of devices and other processes.
+def make_accelerator(
+    settings: Settings, tracker: Tracker | None = None, folder: Path | None = None
+) -> Accelerator:
+    """Return what knows of devices, other processes, and a tracker of experiments.
+
+    Args:
+        settings: how is trained.
+        tracker: who is told each step's figures, beside the log.
+        folder: where such a tracker writes.
 
     Raises:
-        OfframpError: it is told to shard the model.
+        OfframpError: it is told to shard the model, or the tracker is not installed.
     """
+    if tracker is not None and find_spec(tracker) is None:
+        raise OfframpError(f"--report-to {tracker} needs it: pip install {tracker}")
     # Exits that rest in a step, or are not let in yet, leave parameters without a gradient.
     resting = settings.each_step != "all" or settings.recipe == "layerskip"
     unused = DistributedDataParallelKwargs(find_unused_parameters=resting)
     patience = InitProcessGroupKwargs(timeout=_LONGEST_WAIT)
-    made = Accelerator(mixed_precision="no", kwargs_handlers=[unused, patience])
+    made = Accelerator(
+        mixed_precision="no",
+        kwargs_handlers=[unused, patience],
+        log_with=tracker,
+        project_dir=folder,
+    )
     kind = made.distributed_type
     if kind is not DistributedType.NO and not kind.name.startswith("MULTI_"):
         raise OfframpError(
@@ -112,10 +129,11 @@ def train(
             optimiser.zero_grad()
             count = tokens(steps[number], examples)
             seen += count
+            rows = labels(steps[number], examples)
+            line = _line(number, seen, count, rate, start, tally, rows)
             if log is not None:
-                log.add(
-                    _line(number, seen, count, rate, start, tally, labels(steps[number], examples))
-                )
+                log.add(line)
+            accelerator.log(_flat(line), step=number + 1)
             if (number + 1) % save_every == 0 or number + 1 == len(steps):
                 save_state(folder, run, number + 1, trained, inner, main)
     finally:
@@ -145,6 +163,12 @@ def _line(
         "learning_rate": rate,
         "tokens_per_second": count / (time.perf_counter() - start),
     }
+
+
+def _flat(line: dict[str, Any]) -> dict[str, float]:
+    """Return a log line as trackers want it: numbers by name."""
+    numbers = {name: value for name, value in line.items() if name not in ("step", "losses")}
+    return numbers | {f"loss/{depth}": value for depth, value in line["losses"].items()}
 
 
 def _kept(folder: Path) -> str:

@@ -181,7 +181,7 @@ class Net(nn.Module):
         """Return the trained parameters that these terms' readers use, found by asking autograd."""
         candidates = [p for p in self.parameters() if p.requires_grad]
         found: dict[int, nn.Parameter] = {}
-        for term in terms:
+        for term in {term.read: term for term in terms}.values():  # most share one
             with torch.enable_grad():
                 logits = term.read(term.rows[:1].detach().requires_grad_())
             gradients = (

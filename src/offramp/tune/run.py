@@ -26,7 +26,7 @@ from offramp.tune.data import Data, Example, read_examples
 from offramp.tune.figures import Figures, digest, figures_before, judge_all
 from offramp.tune.finish import write_tuned
 from offramp.tune.log import draw, read_log
-from offramp.tune.loop import make_accelerator, train
+from offramp.tune.loop import Tracker, make_accelerator, train
 from offramp.tune.network import Net
 from offramp.tune.opening import check_settings, must_be_whole, open_net
 from offramp.tune.place import BEFORE, held
@@ -65,6 +65,7 @@ def tune(
     limit: int | None = None,
     skip_bad: bool = False,
     save_every: int = 25,
+    tracker: Tracker | None = None,
     trust_remote_code: bool = False,
 ) -> Tuned:
     """Tune a model on data and write it to a folder; the same call goes on after a kill.
@@ -78,6 +79,7 @@ def tune(
         limit: read no more rows than this.
         skip_bad: count and leave out rows that are wrong.
         save_every: steps between states.
+        tracker: who is told each step's figures, beside the log in the folder.
         trust_remote_code: run modelling code that comes with the checkpoint.
 
     Raises:
@@ -87,7 +89,7 @@ def tune(
     """
     check_settings(settings)
     must_be_whole(name)
-    accelerator = make_accelerator(settings)
+    accelerator = make_accelerator(settings, tracker, out)
     with held(out, main=accelerator.is_main_process):
         material = None
         if settings.answers is not None:
@@ -117,6 +119,7 @@ def tune(
         net.to(accelerator.device)
         figures = partial(judge_all, net, judged, settings, accelerator)
         before = figures_before(out, run, judged, figures, main=accelerator.is_main_process)
+        accelerator.init_trackers("offramp", {k: str(value) for k, value in chosen.items()})
         seen = train(net, training, settings, run, out, accelerator, save_every=save_every)
         card = _card(shown, run, settings, material, seen, net)
         tuned = Tuned(
@@ -130,6 +133,7 @@ def tune(
         )
         if tuned.main:
             _write(tuned, net, adapted, tokenizer)
+        accelerator.end_training()
         accelerator.wait_for_everyone()
     return tuned
 
