@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from offramp.checks import Record
-from offramp.errors import OfframpError
 from offramp.files import write_text
+from offramp.record import Record, read_record
 
 CARD, READOUTS, GATES = "offramp.json", "readouts.safetensors", "gates.safetensors"
 
@@ -24,7 +23,6 @@ ReadoutKind = Literal["shared", "affine", "head", "block"]
 of both (tuned lens). ``head``: the last norm and a head of its own (Sorted LLaMA's ICT baseline).
 ``block``: a decoder layer of its own, with its own keys and values, in front of both (Balcony).
 """
-_MOST_BYTES = 2**24
 
 
 class Base(Record):
@@ -77,20 +75,7 @@ def read_card(folder: Path) -> Card | None:
         OfframpError: it cannot be read or is no card; the first thing wrong is named.
     """
     path = folder / CARD
-    try:
-        if not path.is_file():
-            return None
-        if path.stat().st_size > _MOST_BYTES:
-            raise OfframpError(f"{path} is too large for a card")
-        return Card.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise OfframpError(f"cannot read {path}: {error.strerror}") from error
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        where = ".".join(str(part) for part in wrong["loc"])
-        raise OfframpError(
-            f"{path} is no card of a tuned model: {where + ': ' if where else ''}{wrong['msg']}"
-        ) from error
+    return read_record(path, Card, "card of a tuned model") if path.is_file() else None
 
 
 def write_card(folder: Path, card: Card) -> None:

@@ -15,24 +15,19 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from offramp.backbone import Backbone, Shape
 from offramp.errors import OfframpError, UsageError
 from offramp.probe import Readout
+from offramp.record import Record
 
 _MOST = 2**31 - 1
 _MOST_TOKENS = 2**18
 """Longest list of tokens: about the largest vocabulary there is."""
 _MOST_BYTES = 2**23
 """Largest file of a list: so many tokens, written out, and much white space."""
-
-
-class Record(BaseModel):
-    """Base of what is stored as JSON: frozen, strictly typed, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class FullHead(Record):

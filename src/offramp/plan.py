@@ -10,16 +10,17 @@ from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from offramp.backbone import Backbone, Shape
-from offramp.checks import FULL_HEAD, Check, FullHead, GateFile, Head, Record
+from offramp.checks import FULL_HEAD, Check, FullHead, GateFile, Head
 from offramp.decode import MAX_WAITING, decode
-from offramp.errors import OfframpError, UsageError
+from offramp.errors import UsageError
 from offramp.files import write_text
 from offramp.gate import Gate, load_gate
 from offramp.paths import check_path
 from offramp.policy import Threshold, check_exits
+from offramp.record import Record, read_record
 from offramp.request import Request, Token
 from offramp.speculate import Draft, speculate
 
@@ -184,16 +185,7 @@ def read_plan(path: FilePath) -> Plan:
     Raises:
         OfframpError: it cannot be read or is no plan; the first thing wrong is named.
     """
-    try:
-        return Plan.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise OfframpError(f"cannot read the plan {path}: {error.strerror}") from error
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        where = ".".join(str(part) for part in wrong["loc"])
-        raise OfframpError(
-            f"{path} is no plan: {where + ': ' if where else ''}{wrong['msg']}"
-        ) from error
+    return read_record(path, Plan, "plan")
 
 
 def write_plan(path: FilePath, plan: Plan) -> None:

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from offramp.card import ReadoutKind
-from offramp.checks import Record
 from offramp.errors import UsageError
+from offramp.record import Record
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
