@@ -1,6 +1,6 @@
 """Tunes the default model for real, arm by arm, and gathers what each depth learnt.
 
-    python experiments/tuning.py e2e --data ../shared/data --runs runs --out results/tuning_e2e.json
+    python experiments/tuning.py e2e --data data --runs runs --out results/tuning_e2e.json
 
 TASK is one of
 
