@@ -294,6 +294,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_loaded(tmp_path
     nowhere = "no/such/model"
     for wrong, words in (
         (settings("lite", exits=()), "needs --exits"),
+        (settings("light"), "unknown recipe 'light'; there are gates, heads, .*, sorted"),
         (settings("sft", readout="block"), "no --readout block"),
         (settings("heads", lora=4), "neither"),
         (settings("lite", teacher="base"), "--distill"),
@@ -486,3 +487,12 @@ def test_a_tracker_is_told_what_the_log_is(
     with pytest.raises(OfframpError, match="pip install trackio"):
         tune(str(model), [str(rows)], settings(), tmp_path / "other", tracker="trackio")
     assert not (tmp_path / "other").exists()
+
+
+def test_skip_gates_beside_adapters_are_not_lost(model: Path, rows: Path, tmp_path: Path) -> None:
+    """The folder holds both, and opens."""
+    tuned = tune(str(model), [str(rows)], settings("skip", lora=4), tmp_path / "out")
+    gates = load_file(tuned.folder / "gates.safetensors")
+    assert {name.partition(".")[0] for name in gates} == {"1", "2", "3", "4"}
+    assert (tuned.folder / "adapter_model.safetensors").is_file()
+    assert offramp.load(str(tuned.folder)).card == tuned.card

@@ -15,18 +15,6 @@ if TYPE_CHECKING:
     from offramp.tune.run import Tuned
 
 
-class RecipeName(StrEnum):
-    """What is trained, and on which loss."""
-
-    sft = "sft"
-    lite = "lite"
-    sorted = "sorted"
-    layerskip = "layerskip"
-    heads = "heads"
-    gates = "gates"
-    skip = "skip"
-
-
 class ReadoutName(StrEnum):
     """What reads the exits out."""
 
@@ -89,13 +77,14 @@ def tune(
         ),
     ] = None,
     recipe: Annotated[
-        RecipeName,
+        str,
         typer.Option(
+            metavar="NAME",
             help="lite, sorted and layerskip train all weights to speak at the exits and at the "
             "end; heads and gates train a readout or a gate per exit and leave the model alone; "
-            "skip trains gates that leave layers out; sft is the plain baseline."
+            "skip trains gates that leave layers out; sft is the plain baseline.",
         ),
-    ] = RecipeName.lite,
+    ] = "lite",
     exits: Annotated[
         str | None,
         typer.Option(
@@ -196,10 +185,10 @@ def tune(
         raise UsageError("name what to learn: --data FILE (or a hub id)")
     if out is None:
         raise UsageError("name the folder for the tuned model: --out DIR")
-    heads = recipe is RecipeName.heads
-    light = bool(lora) or heads or recipe is RecipeName.gates
+    heads = recipe == "heads"
+    light = bool(lora) or heads or recipe == "gates"
     settings = make_settings(
-        recipe=recipe.value,
+        recipe=recipe,
         exits=o.parse_depths(exits) or (),
         readout=(readout or (ReadoutName.block if heads else ReadoutName.shared)).value,
         each_step=each_step.value,

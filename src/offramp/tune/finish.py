@@ -37,17 +37,20 @@ def write_tuned(folder: Path, net: Net, adapted: Any, tokenizer: Any, card: Card
         write_readouts(folder / READOUTS, _readouts(net))
     if card.recipe.name == "gates":
         _gates(net, card).save(folder / GATES)
-    elif card.recipe.name == "heads":
-        pass  # the model is as it was
-    elif adapted is not None:
+    elif net.gates:
+        write_tensors(folder / GATES, _skip_gates(net), {})
+    if card.recipe.name not in ("gates", "heads"):  # these leave the model as it was
+        _write_model(folder, net, adapted, tokenizer)
+    write_card(folder, card)
+
+
+def _write_model(folder: Path, net: Net, adapted: Any, tokenizer: Any) -> None:
+    if adapted is not None:
         _beside(folder, adapted.save_pretrained)
         (folder / "README.md").unlink(missing_ok=True)  # peft's template, with nothing filled in
-    else:
-        _beside(folder, net.model.save_pretrained)
-        _beside(folder, tokenizer.save_pretrained)
-        if net.gates:
-            write_tensors(folder / GATES, _skip_gates(net), {})
-    write_card(folder, card)
+        return
+    _beside(folder, net.model.save_pretrained)
+    _beside(folder, tokenizer.save_pretrained)
 
 
 def _readouts(net: Net) -> dict[int, ExitReadout]:

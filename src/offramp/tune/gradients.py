@@ -111,9 +111,7 @@ def _batch(rows: list[Pack], examples: Sequence[Example], device: Any, *, real: 
     made = collate(rows, examples)
     if not real:
         made = Batch(made.ids, made.positions, made.segments, made.labels.fill_(IGNORED))
-    return Batch(
-        *(part.to(device) for part in (made.ids, made.positions, made.segments, made.labels))
-    )
+    return made.to(device)
 
 
 def _generator(*numbers: int) -> torch.Generator:

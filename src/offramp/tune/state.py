@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from offramp.errors import OfframpError
 from offramp.files import write_tensors, write_text
@@ -85,23 +84,23 @@ def save_state(
         step: optimiser steps done.
         trained: what is trained, by name.
         optimiser: an AdamW over these.
-        main: whether this process writes; the others only give their shards.
+        main: whether this process writes; the others hold the same.
 
     Raises:
         OfframpError: it cannot be written; the state before is still there.
     """
-    weights = {name: _whole(parameter.detach()) for name, parameter in trained.items()}
+    if not main:
+        return
+    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}
     states = {name: optimiser.state.get(p, {}) for name, p in trained.items()}
     moments = {
-        f"{moment}.{name}": _whole(state[moment])
+        f"{moment}.{name}": state[moment].cpu().contiguous()
         for name, state in states.items()
         if state
         for moment in _MOMENTS
     }
     # Only what has had a gradient has averages, and a count of its own.
     counts = {name: int(state["step"]) for name, state in states.items() if state}
-    if not main:
-        return
     place, beside = folder / _FOLDER, folder / f".{_FOLDER}.part"
     facts = {
         "format": _FORMAT,
@@ -165,8 +164,7 @@ def _facts(place: Path, run: Run) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((place / _FACTS).read_text(encoding="utf-8"))
     if facts["format"] != _FORMAT:
         raise OfframpError(f"{place} has format {facts['format']}, not {_FORMAT}")
-    examples = facts.get("examples", run.examples)  # the first states told nothing of them
-    written = Run(facts["settings"], facts["data"], facts["model"], examples)
+    written = Run(facts["settings"], facts["data"], facts["model"], facts["examples"])
     run.must_equal(written, place.parent)
     return facts
 
@@ -186,9 +184,9 @@ def load_state(place: Path, run: Run, trained: dict[str, nn.Parameter], optimise
     _must_match(place, trained, weights, moments, counts)
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(_like(weights[name], parameter))
+            parameter.copy_(weights[name])
             if name in counts:
-                state = {m: _like(moments[f"{m}.{name}"], parameter) for m in _MOMENTS}
+                state = {m: moments[f"{m}.{name}"].to(parameter, copy=True) for m in _MOMENTS}
                 count = torch.tensor(float(counts[name]))
                 optimiser.state[parameter] = {"step": count, **state}
     return step
@@ -213,17 +211,3 @@ def clear_state(folder: Path) -> None:
     """Remove what only a run that is not finished needs."""
     for name in (_FOLDER, f".{_FOLDER}.old", f".{_FOLDER}.part"):
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor that may be sharded over processes, on the CPU."""
-    gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return gathered.cpu().contiguous()
-
-
-def _like(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Return a tensor held as a parameter is: on its device, sharded as it is."""
-    moved = tensor.to(parameter.device, parameter.dtype)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(moved, parameter.device_mesh, parameter.placements)
-    return moved.clone()

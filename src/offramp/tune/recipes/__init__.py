@@ -63,5 +63,6 @@ def find(name: str) -> Recipe:
     """
     recipes = registry()
     if name not in recipes:
-        raise UsageError(f"unknown recipe {name!r}; there are {', '.join(sorted(recipes))}")
+        # ``sorted`` is a recipe here, and hides the function; pkgutil yields names in order.
+        raise UsageError(f"unknown recipe {name!r}; there are {', '.join(recipes)}")
     return recipes[name]

@@ -1,7 +1,7 @@
 """A frozen model whose exits get gates: does the state here say what the last layer will?
 
-One logistic regression per exit on the state, as CALM's learnt classifier (Schuster et al. 2022,
-section 3.4), trained over the data instead of fitted to one trace (:func:`offramp.fit_gate`).
+One logistic regression per exit on the state, as CALM's learnt classifier (Schuster et al. 2022),
+trained over the data instead of fitted to one trace (:func:`offramp.fit_gate`).
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """LayerSkip: layer dropout that grows with depth, and exit losses that weigh deep exits more.
 
-Elhoushi et al. 2024. Dropout of layer l is ``p_max (exp(l ln 2 / (L - 1)) - 1)`` (eq. 1-2, for a
-model that is pretrained already: the schedule over time is flat). Exit l weighs
-``0.2 (0 + 1 + ... + l)``, the last layer ``L - 1`` more (eq. 6), normalised. Their curricula are
-``each_step``: ``rotate`` trains one exit a step in turn, ``all`` begins with the deepest and lets
-in the others over the first half of the run (gradual).
+After Elhoushi et al. 2024. Dropout of layer l is ``p_max (exp(l ln 2 / (L - 1)) - 1)``, the same
+all along the run, as for a model that is pretrained already. The exit after l layers weighs
+``0.2 (0 + 1 + ... + (l - 1))``, the last layer ``L - 1`` more than 0.2 times the sum below it, all
+normalised; ``p_max`` of 0.1 and the 0.2 are our defaults. Their curricula are ``each_step``:
+``rotate`` trains one exit a step in turn, ``all`` begins with the deepest and lets in the others
+over the first half of the run (gradual).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def loss(net: Net, batch: Batch, moment: Moment) -> Losses:
 
 
 def dropped_share(layer: int, num_layers: int) -> float:
-    """Return the share of rows for which a layer is left out (eq. 2)."""
+    """Return the share of rows for which a layer is left out."""
     return _MOST_DROPPED * (math.exp(layer * math.log(2) / (num_layers - 1)) - 1)
 
 

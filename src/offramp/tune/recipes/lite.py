@@ -1,7 +1,7 @@
 """LITE: losses of the exits and of the last layer, through the shared norm and head.
 
-Varshney et al. 2024, section 3: the sum of ``w_i L_i`` over exits and last layer, divided by the
-sum of the weights, all of them 1.
+After Varshney et al. 2024: the sum of ``w_i L_i`` over exits and last layer, divided by the sum of
+the weights, which secondary sources tell to be equal.
 """
 
 from __future__ import annotations
