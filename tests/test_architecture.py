@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "offramp"
 
 # Lower knows nothing of higher. Modules in one entry may import each other.
 ORDER = [
-    ("errors", "meter", "files", "heads", "machine", "record"),
+    ("errors", "meter", "files", "heads", "machine", "records"),
     ("batch", "probe", "readouts", "watch"),
     ("backbone",),
     ("checks",),
@@ -119,3 +119,10 @@ def test_every_public_name_is_there() -> None:
     assert offramp.__all__ == sorted(offramp.__all__)
     for name in offramp.__all__:
         assert getattr(offramp, name) is not None
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """Importing ``offramp.x`` sets that name, and would hide a function called the same."""
+    import offramp
+
+    assert not {_part(path) for path in _modules()} & set(offramp.__all__)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from offramp.files import write_text
-from offramp.record import Record, read_record
+from offramp.records import Record, read_record
 
 CARD, READOUTS, GATES = "offramp.json", "readouts.safetensors", "gates.safetensors"
 

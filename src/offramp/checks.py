@@ -21,7 +21,7 @@ from torch import Tensor
 from offramp.backbone import Backbone, Shape
 from offramp.errors import OfframpError, UsageError
 from offramp.probe import Readout
-from offramp.record import Record
+from offramp.records import Record
 
 _MOST = 2**31 - 1
 _MOST_TOKENS = 2**18

@@ -20,7 +20,7 @@ from offramp.files import write_text
 from offramp.gate import Gate, load_gate
 from offramp.paths import check_path
 from offramp.policy import Threshold, check_exits
-from offramp.record import Record, read_record
+from offramp.records import Record, read_record
 from offramp.request import Request, Token
 from offramp.speculate import Draft, speculate
 

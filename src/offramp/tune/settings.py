@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 
 from offramp.card import ReadoutKind
 from offramp.errors import UsageError
-from offramp.record import Record
+from offramp.records import Record
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
