@@ -231,6 +231,16 @@ def test_one_process_tunes_in_one_precision_after_the_other(
     assert exact != rounded
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_is_left_to_processors_that_have_it(
+    has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Emulated, its products take many times as long as those of fp32."""
+    monkeypatch.setattr("offramp.tune.gradients.multiplies_bf16", lambda: has)
+    with arithmetic(short(precision="auto"), torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") == has
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_gradients_in_bf16_are_near_those_in_fp32(family: str) -> None:
     """Of head and layers alike, with a teacher, whose pass keeps no graph, before the student's."""

@@ -17,6 +17,19 @@ def processor() -> str:
     return names[0] if names else platform.processor() or "unknown"
 
 
+def multiplies_bf16() -> bool:
+    """Return whether the processor says it has instructions for products of bf16.
+
+    Without them they are emulated, many times slower than fp32; a system that does not tell is
+    taken to have none.
+    """
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return False
+    return not words.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
+
+
 def versions() -> dict[str, str]:
     """Return the versions that every result carries, by name."""
     names = ("offramp", "torch", "transformers")

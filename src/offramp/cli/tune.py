@@ -56,6 +56,7 @@ class TrackerName(StrEnum):
 class Precision(StrEnum):
     """Of the arithmetic."""
 
+    auto = "auto"
     bf16 = "bf16"
     fp32 = "fp32"
 
@@ -166,8 +167,12 @@ def tune(
         typer.Option(help="Also tell a tracker of experiments each step's figures."),
     ] = None,
     precision: Annotated[
-        Precision, typer.Option(help="Of the arithmetic; weights are trained in fp32.")
-    ] = Precision.bf16,
+        Precision,
+        typer.Option(
+            help="Of the arithmetic; auto: bf16 where the processor has it. Weights are trained in "
+            "fp32."
+        ),
+    ] = Precision.auto,
     seed: Annotated[int, typer.Option(help="Of order, split and draws.")] = 0,
     trust_remote_code: o.Remote = False,
     json: o.Json = False,

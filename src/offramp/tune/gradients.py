@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from offramp.machine import multiplies_bf16
 from offramp.tune.data import Example
 from offramp.tune.losses import Losses
 from offramp.tune.network import Net
@@ -142,7 +143,11 @@ def arithmetic(settings: Settings, device: torch.device) -> torch.autocast:
 
     Not accelerate's: that is fixed for as long as the process lives.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+    bf16 = settings.precision == "bf16"
+    if settings.precision == "auto":
+        cuda = device.type == "cuda"
+        bf16 = torch.cuda.is_bf16_supported(False) if cuda else multiplies_bf16()
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 @contextmanager

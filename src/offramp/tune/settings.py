@@ -55,8 +55,8 @@ class Settings(Record):
     held_out: Annotated[int, Field(ge=0)] = 100
     """Examples that are kept out of training, for the report."""
     seed: int = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the arithmetic; trained weights and their averages are held in fp32."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the arithmetic, auto: bf16 where the machine multiplies it; weights are held in fp32."""
     raw: bool = False
     """Do not use the chat template."""
     answers: str | None = None
