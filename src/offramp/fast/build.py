@@ -25,6 +25,7 @@ from offramp.fast.layout import (
 from offramp.files import cache_dir
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+_PARTS = (SOURCE, SOURCE.with_name("vectors.h"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-w")
 
 
@@ -52,7 +53,7 @@ def kernels() -> ctypes.CDLL:
 
 def version() -> str:
     """Return what tells these kernels from others: source, flags, compiler, processor, hashed."""
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256(b"".join(part.read_bytes() for part in _PARTS))
     digest.update(repr((_FLAGS, _compiler(), platform.machine(), _processor())).encode())
     return digest.hexdigest()[:16]
 

@@ -15,23 +15,16 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+
+#include "vectors.h"
 
 namespace {
 
-constexpr int LANES = 16;
 constexpr int GROUP = 32;    // inputs that share a scale
 constexpr int CHUNK = 256;   // rows that go through the layers together: their states stay in cache
-constexpr int TILE = 8;      // rows whose sums fit into registers
+constexpr int TILE = 8;       // rows whose sums fit into registers
 constexpr int SHARED_ROWS = 4;  // rows per thread from which on threads take whole rows
 constexpr int SHARE = 1024;  // keys that are attended to at a time
-
-typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint8_t Bytes __attribute__((vector_size(64), aligned(1), may_alias));
-typedef int8_t Codes __attribute__((vector_size(16), aligned(1), may_alias));
 
 // INT8_FINE: weights as in INT8, read by states of 16 bits in place of 8.
 enum Format : int32_t { FP32, BF16, INT8, INT4, INT8_FINE };
@@ -98,125 +91,16 @@ struct Watch {
 
 int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
 
-// ---------------------------------------------------------------- vectors
-
-inline Floats load(const float *from) { return *reinterpret_cast<const Floats *>(from); }
-inline void store(float *to, Floats value) { *reinterpret_cast<Floats *>(to) = value; }
-inline Floats as_floats(Ints value) { return __builtin_convertvector(value, Floats); }
-inline Floats bits(Ints value) { return (Floats)value; }
-inline Floats splat(float value) { return Floats{} + value; }
-
-// Halves are folded onto each other: four steps instead of sixteen.
-template <typename Vector, typename Fold>
-inline auto folded(Vector value, Fold fold) {
-    const Ints by8 = {8, 9, 10, 11, 12, 13, 14, 15}, by4 = {4, 5, 6, 7}, by2 = {2, 3}, by1 = {1};
-    value = fold(value, __builtin_shuffle(value, by8));
-    value = fold(value, __builtin_shuffle(value, by4));
-    value = fold(value, __builtin_shuffle(value, by2));
-    return fold(value, __builtin_shuffle(value, by1))[0];
-}
-
-template <typename Vector>
-inline auto total(Vector value) {
-    return folded(value, [](Vector a, Vector b) { return a + b; });
-}
-
-inline float largest(Floats value) {
-    return folded(value, [](Floats a, Floats b) { return a > b ? a : b; });
-}
-
-// e^x to about 1e-7: 2^n times a polynomial of the rest.
-inline Floats exponential(Floats x) {
-    x = x < -87.3f ? splat(-87.3f) : x;
-    x = x > 88.0f ? splat(88.0f) : x;
-    const Floats magic = splat(12582912.0f);  // adding it rounds to a whole number
-    Floats n = (x * 1.44269504f + magic) - magic;
-    Floats r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    Floats p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
-    return p * bits(power);
-}
-
-inline Floats tangent(Floats x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
-
-inline float half(uint16_t value) {
-    uint32_t sign = (value & 0x8000u) << 16, rest = value & 0x7fffu;
-    float out;
-    uint32_t word = rest << 13;
-    std::memcpy(&out, &word, 4);
-    out *= 5.192296858534828e33f;  // 2^112: moves the exponent, subnormal numbers included
-    std::memcpy(&word, &out, 4);
-    word |= sign;
-    std::memcpy(&out, &word, 4);
-    return out;
-}
-
-inline Floats halves(const uint8_t *from) {
-#if defined(__AVX512F__)
-    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
-#else
-    Floats out;
-    for (int lane = 0; lane < LANES; lane++) {
-        uint16_t value;
-        std::memcpy(&value, from + 2 * lane, 2);
-        out[lane] = half(value);
-    }
-    return out;
-#endif
-}
-
-// sums[o] += four unsigned weights of output o times four signed codes.
-inline Ints add_products(Ints sums, Bytes weights, const int8_t *codes) {
-#if defined(__AVX512VNNI__)
-    int32_t four;
-    std::memcpy(&four, codes, 4);
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, _mm512_set1_epi32(four));
-#else
-    Ints words = (Ints)weights;
-    for (int i = 0; i < 4; i++) sums += ((words >> (8 * i)) & 255) * int32_t(codes[i]);
-    return sums;
-#endif
-}
-
-// sums[i] += four unsigned codes times the four signed bytes of lane i.
-inline Ints add_scaled(Ints sums, const uint8_t *codes, Bytes values) {
-    int32_t four;
-    std::memcpy(&four, codes, 4);
-#if defined(__AVX512VNNI__)
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi32(four), (__m512i)values);
-#else
-    Ints words = (Ints)values;
-    for (int i = 0; i < 4; i++) sums += (words << (24 - 8 * i) >> 24) * ((four >> (8 * i)) & 255);
-    return sums;
-#endif
-}
-
-// The nearest whole numbers to values well below 2^22, ties to even.
-inline Ints rounded(Floats x) {
-    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: its unit in the last place is 1
-    return (Ints)(x + magic) - (Ints)magic;
-}
-
-inline void store_codes(int8_t *to, Ints first, Ints second) {
-    *reinterpret_cast<Codes *>(to) = __builtin_convertvector(first, Codes);
-    *reinterpret_cast<Codes *>(to + LANES) = __builtin_convertvector(second, Codes);
-}
+// ---------------------------------------------------------------- codes
 
 // Codes of GROUP values as signed bytes; returns the value of one code.
 inline float quantise_group(const float *from, int8_t *to, int32_t &sum) {
     const Floats low = load(from), high = load(from + LANES);
-    const Floats a = low < 0 ? -low : low, b = high < 0 ? -high : high;
-    const float best = largest(a > b ? a : b);
+    const float best = largest(larger(absolute(low), absolute(high)));
     const float inverse = best > 0 ? 127.0f / best : 0.0f;
     const Ints first = rounded(low * inverse), second = rounded(high * inverse);
-    store_codes(to, first, second);
+    store_codes(to, first);
+    store_codes(to + LANES, second);
     sum = total(first + second);
     return best / 127.0f;
 }
@@ -227,11 +111,11 @@ constexpr float FINE = 254.0f;  // steps of the rest in one step of a code
 inline void quantise_rest(const float *from, float step, const int8_t *codes, int8_t *to,
                           int32_t &sum) {
     const float inverse = step > 0 ? 1.0f / step : 0.0f;
-    const Codes *whole = reinterpret_cast<const Codes *>(codes);
-    const Floats low = load(from) * inverse - __builtin_convertvector(whole[0], Floats);
-    const Floats high = load(from + LANES) * inverse - __builtin_convertvector(whole[1], Floats);
+    const Floats low = load(from) * inverse - load_codes(codes);
+    const Floats high = load(from + LANES) * inverse - load_codes(codes + LANES);
     const Ints first = rounded(low * FINE), second = rounded(high * FINE);
-    store_codes(to, first, second);
+    store_codes(to, first);
+    store_codes(to + LANES, second);
     sum = total(first + second);
 }
 
@@ -287,12 +171,11 @@ void block_fp32(const uint8_t *block, const Inputs &x, int row, int inputs, Floa
 
 template <int M>
 void block_bf16(const uint8_t *block, const Inputs &x, int row, int inputs, Floats *out) {
-    const Ints *weights = reinterpret_cast<const Ints *>(block);  // two inputs per word
     const float *states = x.states + int64_t(row) * x.width;
     Floats even[M] = {}, odd[M] = {};
     for (int k = 0; k < inputs; k += 2) {
-        Ints both = weights[k / 2];
-        Floats first = bits(both << 16), second = bits(both & int32_t(0xffff0000));
+        const Ints both = load_lanes<int32_t>(block + k * 2 * LANES);  // two inputs per word
+        const Floats first = as<Floats>(both << 16), second = as<Floats>(both & int32_t(0xffff0000));
         for (int r = 0; r < M; r++) {
             even[r] += first * states[r * int64_t(x.width) + k];
             odd[r] += second * states[r * int64_t(x.width) + k + 1];
@@ -312,7 +195,7 @@ void block_quantised(const uint8_t *block, const Inputs &x, int row, int inputs,
         const int64_t at = int64_t(row) * x.width + group * GROUP;
         Ints dots[M] = {}, rest[M] = {};
         for (int part = 0; part < (F == INT4 ? 4 : 8); part++) {
-            const Bytes weights = *reinterpret_cast<const Bytes *>(block + 64 + 64 * part);
+            const Bytes weights = load_lanes<uint8_t>(block + 64 + 64 * part);
             if (F != INT4) {
                 for (int r = 0; r < M; r++) {
                     const int64_t four = at + r * int64_t(x.width) + 4 * part;
@@ -321,12 +204,12 @@ void block_quantised(const uint8_t *block, const Inputs &x, int row, int inputs,
                 }
                 continue;
             }
-            const Ints words = (Ints)weights;
+            const Ints words = as<Ints>(weights);
             const Ints low = words & 0x0f0f0f0f, high = (words >> 4) & 0x0f0f0f0f;
             for (int r = 0; r < M; r++) {
                 const int8_t *eight = x.codes + at + r * int64_t(x.width) + 8 * part;
-                dots[r] = add_products(dots[r], (Bytes)low, eight);
-                dots[r] = add_products(dots[r], (Bytes)high, eight + 4);
+                dots[r] = add_products<true>(dots[r], as<Bytes>(low), eight);
+                dots[r] = add_products<true>(dots[r], as<Bytes>(high), eight + 4);
             }
         }
         const Floats step = halves(block), minimum = halves(block + 32);
@@ -404,7 +287,7 @@ void multiply(Matrix &m, const Inputs &x, int rows, float *out, int64_t stride, 
 // ---------------------------------------------------------------- norms, rotation, activation
 
 void normalise(const float *from, const float *gains, int size, float epsilon, float *to) {
-    Floats squares = {};
+    Floats squares;
     float rest = 0;
     int i = 0;
     for (; i + LANES <= size; i += LANES) squares += load(from + i) * load(from + i);
@@ -510,9 +393,9 @@ void products_int8(const Queries &q, const Place &at, int head, int start, Float
     const float *steps = at.key_steps(head, start);
     for (int group = 0; group < groups; group++) {
         Ints dots[G];
-        for (int g = 0; g < G; g++) dots[g] = Ints{} - q.zeros[g * groups + group];
+        for (int g = 0; g < G; g++) dots[g] = -q.zeros[g * groups + group];
         for (int part = 0; part < GROUP / 4; part++) {
-            const Bytes key = *reinterpret_cast<const Bytes *>(keys + 64 * part);
+            const Bytes key = load_lanes<uint8_t>(keys + 64 * part);
             for (int g = 0; g < G; g++)
                 dots[g] = add_products(dots[g], key,
                                        q.codes + g * at.padded + group * GROUP + 4 * part);
@@ -529,8 +412,7 @@ template <int G, Format F>
 void weigh(const Model &m, const Queries &q, const Place &at, int head, int begin, int first,
            int last, const Scratch &s, Weight *found) {
     Floats top[G];
-    for (int g = 0; g < G; g++) top[g] = splat(-INFINITY);
-    const Ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int g = 0; g < G; g++) top[g] = -INFINITY;
     for (int start = begin; start <= last; start += LANES) {
         Floats sums[G] = {};
         if (F == FP32) {
@@ -538,17 +420,18 @@ void weigh(const Model &m, const Queries &q, const Place &at, int head, int begi
         } else {
             products_int8<G>(q, at, head, start, sums);
         }
-        const Ints position = lanes + start;
+        const Ints position = lane_numbers() + start;
         for (int g = 0; g < G; g++) {
             if (m.softcap > 0) sums[g] = m.softcap * tangent(sums[g] / m.softcap);
-            sums[g] = (position < first) | (position > last) ? splat(-INFINITY) : sums[g];
-            top[g] = sums[g] > top[g] ? sums[g] : top[g];
+            const Ints outside = less<int32_t>(position, first) | less<int32_t>(last, position);
+            sums[g] = select<float>(outside, -INFINITY, sums[g]);
+            top[g] = larger(sums[g], top[g]);
             store(s.scores + g * s.longest + start - begin, sums[g]);
         }
     }
     for (int g = 0; g < G; g++) {
         const float best = largest(top[g]);
-        Floats sum = {};
+        Floats sum;
         for (int start = begin; start <= last; start += LANES) {
             float *score = s.scores + g * s.longest + start - begin;
             const Floats weight = exponential(load(score) - best);
@@ -585,12 +468,11 @@ void mix_int8(const Place &at, int head, int begin, int last, int offset, const 
             const float *weights = s.scores + g * s.longest + start - begin;
             const bool both = start + LANES <= last;  // the second half may never have been weighed
             const Floats low = load(weights) * load(steps);
-            const Floats high = both ? load(weights + LANES) * load(steps + LANES) : Floats{};
-            const float best = largest(low > high ? low : high);
-            const Floats to_code = splat(best > 0 ? 255.0f / best : 0.0f);
-            auto *to = reinterpret_cast<Codes *>(codes[g]);  // unsigned: the low bytes are the same
-            to[0] = __builtin_convertvector(rounded(low * to_code), Codes);
-            to[1] = __builtin_convertvector(rounded(high * to_code), Codes);
+            const Floats high = both ? load(weights + LANES) * load(steps + LANES) : Floats();
+            const float best = largest(larger(low, high));
+            const Floats to_code = best > 0 ? 255.0f / best : 0.0f;
+            store_codes(codes[g], rounded(low * to_code));
+            store_codes(codes[g] + LANES, rounded(high * to_code));
             scale[g] = best / 255.0f;
         }
         Ints dots[G][C] = {};
@@ -598,7 +480,7 @@ void mix_int8(const Place &at, int head, int begin, int last, int offset, const 
         const int fours = std::min(GROUP, last + 1 - start + 3) / 4;
         for (int four = 0; four < fours; four++, values += at.padded * 4)
             for (int c = 0; c < C; c++) {
-                const Bytes part = *reinterpret_cast<const Bytes *>(values + c * LANES * 4);
+                const Bytes part = load_lanes<uint8_t>(values + c * LANES * 4);
                 for (int g = 0; g < G; g++)
                     dots[g][c] = add_scaled(dots[g][c], codes[g] + 4 * four, part);
             }
@@ -1068,18 +950,17 @@ void fill_layers(const Model &m, const int32_t *layers, int count, const Rows &r
 
 // How certain logits are, as offramp.signals says: nearly 1 for max_prob, and for margin.
 float certainty(const float *logits, int64_t count, int signal) {
-    Floats top = splat(-INFINITY), next = top, sum = {};
+    Floats top = -INFINITY, next = top, sum;
     const int64_t whole = count / LANES * LANES;
-    Floats rest = splat(-INFINITY);
+    Floats rest = -INFINITY;
     for (int64_t i = whole; i < count; i++) rest[i - whole] = logits[i];
     auto each = [&](auto use) {
         for (int64_t i = 0; i < whole; i += LANES) use(load(logits + i));
         use(rest);
     };
     each([&](Floats value) {
-        const Floats lower = value < top ? value : top;
-        next = lower > next ? lower : next;
-        top = value > top ? value : top;
+        next = larger(smaller(value, top), next);
+        top = larger(value, top);
     });
     const float best = largest(top);
     each([&](Floats value) { sum += exponential(value - best); });
@@ -1092,7 +973,7 @@ float certainty(const float *logits, int64_t count, int signal) {
 
 // The probability that a gate gives a state: logistic, of its widths at root mean square 1.
 float opening(const float *gate, const float *state, int size) {
-    Floats squares = {}, dots = {};
+    Floats squares, dots;
     float square = 0, dot = 0;
     int i = 0;
     for (; i + LANES <= size; i += LANES) {
