@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import offramp
 from offramp import cli
 from offramp.timing import Constants
 from offramp.trace import load_trace
+from tests.conftest import save_tiny
 
 
 class Shell:
@@ -86,6 +88,23 @@ def test_generate_json_is_one_line_with_the_shared_keys(shell: Shell, checkpoint
     assert output.keys() >= {"prompt", "text", "token_ids", "depths", "finish_reason"}
     again = offramp.load(str(checkpoint)).generate("hi", max_new_tokens=8)
     assert again.outputs[0].token_ids == output["token_ids"]
+
+
+def test_a_model_of_one_layer_has_no_exit(shell: Shell, tmp_path: Path) -> None:
+    """It generates and traces; there is nothing to inspect, and that is one line."""
+    folder = save_tiny(tmp_path / "one", layers=1)
+    short = ("--prompt", "hi", "--max-new-tokens", 4)
+    assert shell("generate", folder, *short)[0] == 0
+    assert shell("trace", folder, *short)[0] == 0
+    shell.refused(1, "one layer", "inspect", folder)
+
+
+def test_a_prompt_on_stdin_must_be_text(
+    shell: Shell, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not UTF-8 is refused in one line."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    shell.refused(2, "not UTF-8", "generate", checkpoint, "--prompt", "-")
 
 
 def test_every_way_of_running_runs(shell: Shell, checkpoint: Path, tmp_path: Path) -> None:

@@ -118,10 +118,12 @@ def test_a_streamer_gets_every_new_token(model: PreTrainedModel) -> None:
 def test_what_the_door_cannot_do_is_refused(
     model: PreTrainedModel, batch: dict[str, Tensor], checkpoint: Path
 ) -> None:
-    """Beams, right padding, another model, a streamer for a batch, a plan for another depth."""
+    """Beams, guidance, right padding, another model or depth, a streamer for a batch."""
     loop = offramp.custom_generate(model)
     with pytest.raises(UsageError, match="beam"):
         model.generate(**batch, max_new_tokens=2, num_beams=2, custom_generate=loop)
+    with pytest.raises(UsageError, match="guidance"):
+        model.generate(**batch, max_new_tokens=2, guidance_scale=1.5, custom_generate=loop)
     turned = {name: rows.flip(1) for name, rows in batch.items()}
     with pytest.raises(UsageError, match="left"):
         model.generate(**turned, max_new_tokens=2, custom_generate=loop)

@@ -9,6 +9,7 @@ import typer
 
 from offramp.cli import options as o
 from offramp.cli.tracing import own_answers, timed, traced
+from offramp.errors import OfframpError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,6 +55,8 @@ def inspect(
         device=device,
         trust_remote_code=trust_remote_code,
     )
+    if loaded.backbone.shape.num_layers == 1:
+        raise OfframpError(f"{loaded.name} has one layer: there is no depth to leave at")
     asked = wanted or list(inspection.PROMPTS)
     texts = own_answers(
         loaded, asked, raw=raw, max_new_tokens=max_new_tokens, batch_size=batch_size

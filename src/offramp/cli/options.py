@@ -154,10 +154,17 @@ def read_prompt_options(prompt: str | None, file: Path | None, limit: int | None
         return read_prompts(file, limit)
     if prompt is None:
         return []
-    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = _piped() if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty")
     return [text]
+
+
+def _piped() -> str:
+    try:
+        return typer.get_binary_stream("stdin").read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the prompt on stdin is not UTF-8: {error.reason}") from error
 
 
 def parse_plan(

@@ -86,13 +86,13 @@ def trace(
     rows = _rows(recorded)
     replayed = _replayed(recorded, chosen)
     if not json:
+        shown_keys = ("agreement", "max_prob", "loss")
         shown = [
-            (f"{row['depth']}", *(f"{row[key]:.3f}" for key in ("agreement", "max_prob", "loss")))
+            (f"{row['depth']}", *(f"{row[key]:.3f}" if key in row else "" for key in shown_keys))
             for row in rows
         ]
-        head = ("depth", "agreement", "max_prob", "loss")
         console = Console(highlight=False)
-        table(f"{len(recorded.chosen)} tokens", head, shown, console)
+        table(f"{len(recorded.chosen)} tokens", ("depth", *shown_keys), shown, console)
         if replayed:
             console.print(
                 f"The plan would leave at depth {replayed['mean_depth']:.1f} of "

@@ -37,8 +37,8 @@ def custom_generate(
 
     Raises:
         UnsupportedModelError: the model cannot be run layer by layer with the same result.
-        UsageError: the plan is not for this model; or later, from ``generate``: beams, right
-            padding, another model, or a streamer with a batch.
+        UsageError: the plan is not for this model; or later, from ``generate``: beams, guidance,
+            right padding, another model, or a streamer with a batch.
     """
     backbone = open_model(model)
     plan = plan or Plan()
@@ -57,6 +57,10 @@ def custom_generate(
             raise UsageError("custom_generate was made for another model")
         if generation_config.num_beams != 1:
             raise UsageError("beam search is not depth-adaptive decoding; use num_beams=1")
+        if generation_config.guidance_scale not in (None, 1):
+            raise UsageError(
+                "guidance_scale keeps a cache that knows nothing of drafts; leave it out"
+            )
         if streamer is not None and len(input_ids) > 1:
             raise UsageError("a streamer takes one prompt at a time")
         # Were the mask a parameter of its own, ``generate`` would take it for an option of ours.
