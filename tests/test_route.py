@@ -284,7 +284,7 @@ def test_what_a_route_cannot_be(tmp_path: FilePath) -> None:
         ((Exit(signal="fixed", thresholds={3: 1.0}, exit_prompt=True), Full()), "exit_prompt"),
     ):
         prompts = texts_of(backbone, [4])
-        refused(words, plan_of(router_of(backbone, prompts, runs), path))  # type: ignore[arg-type]
+        refused(words, plan_of(router_of(backbone, prompts, runs), path))
 
 
 def test_the_library_runs_a_route(tiny: offramp.Model, tmp_path: FilePath) -> None:
