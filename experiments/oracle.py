@@ -38,19 +38,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default=None)
+    parser.add_argument("--weights", default="fp32", choices=("fp32", "bf16", "int8", "int4"))
     parser.add_argument("--first", type=int, default=18, help="the shallowest depth")
     parser.add_argument("--look", type=int, default=18, help="where a router looks at the prompt")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--limit", type=int, default=300)
     options = parser.parse_args()
     start = time.perf_counter()
-    model = offramp.load(options.model)
+    model = offramp.load(options.model, weights=options.weights)
     count = options.max_new_tokens
     asked = answered(options.data)[: options.limit]
     prompts = [prompt for prompt, _ in asked]
     texts = {
         "reference": references(model, asked, count),
-        "own": own_answers(model, prompts, raw=False, max_new_tokens=count, batch_size=16),
+        "own": own_answers(model, prompts, raw=False, max_new_tokens=count, batch_size=64),
     }
     # A text's scores are compared between its halves.
     texts = {
@@ -72,8 +73,10 @@ def main() -> None:
         for row in done.rows:
             print(row)
     command = (
-        f"python experiments/oracle.py --data {options.data.name} --out results/oracle.json"
+        f"python experiments/oracle.py --data {options.data.name} --weights {options.weights} "
+        f"--max-new-tokens {count}"
         + ("" if options.model is None else " --model MODEL")
+        + " --out results/oracle.json"
     )
     record = {
         "command": command,
@@ -83,7 +86,7 @@ def main() -> None:
         "backbone": model.backbone.name,
         "weights": model.backbone.weights,
         **environment(),
-        "max_new_tokens": options.max_new_tokens,
+        "max_new_tokens": count,
         "seconds": time.perf_counter() - start,
         "arms": arms,
     }
