@@ -38,7 +38,7 @@ __all__ = ["shell"]
 PAPER = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
 """Weights of 4, 8, 12 and 24 layers (Glavas et al. 2024, the official code): budget / 4."""
 MODEL = ModelId(name="tiny", num_layers=24, fingerprint="this one")
-LAW = settings(max_examples=60, deadline=None)
+LAW = settings(max_examples=30, deadline=None)
 
 
 @st.composite
@@ -183,23 +183,18 @@ def test_fixed_depth_is_the_best_mix_that_looks_at_no_text(
 
 def test_the_papers_own_figures() -> None:
     """What follows from its printed constants: the sweep, 23.3 %, the gain, who runs 4 layers."""
-    constant = torch.tensor([0.2493, 0.3085, 0.3208, 0.3418]).double()
-    best = [0.2493, 0.3341, 0.3688, 0.3964]
-    # Texts in which each depth is once the best, by as much as the printed means ask for.
-    scores = constant.repeat(4000, 1)
-    for p in (1, 2, 3):
-        gain = (best[p] - best[p - 1]) * 4000 / 1000
-        rows = slice(1000 * (p - 1), 1000 * p)
-        old = scores[rows, p].clone()
-        scores[rows, p] = scores[rows, :p].amax(1) + gain
-        scores[3000:, p] -= (scores[rows, p] - old).sum() / 1000
-    assert scores.mean(0).tolist() == pytest.approx(constant.tolist())
-    first = scores[:, 0].mean().item()
-    assert first == pytest.approx(best[0])
+    constant, best = [0.2493, 0.3085, 0.3208, 0.3418], [0.2493, 0.3341, 0.3688, 0.3964]
+    index = torch.arange(80)
+    columns = [torch.full((80,), constant[0]).double()]
+    for p in (1, 2, 3):  # a table with these means and these means of maxima: half rise, half fall
+        top = torch.stack(columns).amax(0)
+        up, down = best[p] - best[p - 1], best[p] - constant[p]
+        columns.append(top + torch.where(index >> p & 1 == 1, 2 * up, -2 * down))
+    scores = torch.stack(columns, 1)
+    assert scores.mean(0).tolist() == pytest.approx(constant)
+    assert oracle.weak(scores).tolist() == pytest.approx(best)
     solved = solve(scores, PAPER)
-    top = solved.value(6)
-    assert top == pytest.approx(oracle.weak(scores)[-1].item())
-    assert best[3] - constant[3].item() == pytest.approx(0.0546, abs=1e-9)
+    assert solved.value(6) - constant[3] == pytest.approx(0.0546)
     # beta from 1.00 to 5.99 by .01: 4 to 24 layers, 500 points, none of them lost to rounding
     sweep = [solved.value(k / 100) for k in range(100, 600)]
     assert len(sweep) == 500
@@ -220,14 +215,14 @@ def test_a_shuffled_table_is_worth_what_independence_says() -> None:
     scores = torch.rand(6, 3, generator=torch.Generator().manual_seed(1)).double()
     draw = torch.Generator().manual_seed(2)
     values = []
-    for _ in range(4000):
+    for _ in range(1500):
         shuffled = oracle.permuted(scores, draw)
         assert torch.equal(shuffled.sort(0).values, scores.sort(0).values)
         values.append(shuffled.amax(1).mean().item())
     columns = [column.tolist() for column in scores.T]
     independent = [max(one) for one in itertools.product(*columns)]
     expected = sum(independent) / len(independent)
-    assert sum(values) / len(values) == pytest.approx(expected, abs=0.003)
+    assert sum(values) / len(values) == pytest.approx(expected, abs=0.006)
     constant = scores[:1].repeat(6, 1)  # ways that do not differ between texts: nothing to shuffle
     assert torch.equal(constant, oracle.permuted(constant, draw))
 
@@ -235,9 +230,9 @@ def test_a_shuffled_table_is_worth_what_independence_says() -> None:
 def test_the_null_of_noise_is_all_the_gain_there_is() -> None:
     """Ways that differ by noise alone: oracle and null gain the same, held out nothing is left."""
     draw = torch.Generator().manual_seed(7)
-    noise = [torch.randn(3000, 4, generator=draw).double() for _ in range(3)]
+    noise = [torch.randn(300, 4, generator=draw).double() for _ in range(3)]
     table = replace(
-        toy(3000),
+        toy(300),
         scores=(noise[0] + noise[1]) / 2,
         halves=torch.stack(noise[:2]),
         null=(noise[1] + noise[2]) / 2,
@@ -246,9 +241,9 @@ def test_the_null_of_noise_is_all_the_gain_there_is() -> None:
     assert done.null_gain is not None
     assert done.held_out_gain is not None
     expected = 1.0294 / math.sqrt(2)  # mean of the largest of four normal draws
-    assert done.gain == pytest.approx(expected, abs=0.06)
-    assert done.null_gain == pytest.approx(expected, abs=0.06)
-    assert done.held_out_gain == pytest.approx(0, abs=0.06)
+    assert done.gain == pytest.approx(expected, abs=0.13)
+    assert done.null_gain == pytest.approx(expected, abs=0.13)
+    assert done.held_out_gain == pytest.approx(0, abs=0.13)
 
 
 # -- tables
@@ -384,7 +379,7 @@ def test_what_no_oracle_can_be_asked_of() -> None:
     with pytest.raises(UsageError, match="no way is as cheap as 1 layers"):
         solve(toy().scores, toy().costs).value(1)
     with pytest.raises(UsageError, match="too many for an exact answer"):
-        solve(torch.zeros(9000, 2), torch.tensor([1.0, 30.01]).double())
+        solve(torch.zeros(9000, 3), torch.tensor([1.0, 2.5, 30.01]).double())
     with pytest.raises(UsageError, match="40 texts are too few for a router: 50"):
         fit_router(toy(40))
     with pytest.raises(UsageError, match="no features"):
@@ -400,7 +395,7 @@ def test_what_no_oracle_can_be_asked_of() -> None:
 
 def test_a_router_finds_a_pattern_and_only_where_there_is_one() -> None:
     """On texts left out: most of the oracle's gap where features tell, none of it in noise."""
-    told, noise = toy(400, learnable=0.5), toy(400)
+    told, noise = toy(200, learnable=0.5), toy(200)
     for table, low, high in ((told, 0.9, 1.0), (noise, -0.3, 0.3)):
         router, predicted = fit_router(table)
         row = report(table, [18.0], predicted).rows[0]

@@ -19,7 +19,7 @@ from offramp.errors import UsageError
 
 _GRAIN = 100
 """Costs count to a hundredth of a layer."""
-_MOST_CELLS = 2**32
+_MOST_CELLS = 2**30
 _CLOSE = 1e-9
 """Scores this close are equal: sums of floats in another order."""
 _CHUNK = 64

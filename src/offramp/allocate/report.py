@@ -93,19 +93,23 @@ def report(
     """
     table.must_allocate()
     scores, costs = table.scores, table.costs
-    _check_budgets(budgets, costs)
+    check_budgets(budgets, costs)
     best = solve(scores, costs)
     full = scores[:, -1].mean().item()
     draw = torch.Generator().manual_seed(seed)
     shuffled = []
     for k in range(SHUFFLES):
         progress(k / (SHUFFLES + 2))
-        shuffled.append(solve(oracle.permuted(scores, draw), costs))
+        one = solve(oracle.permuted(scores, draw), costs)
+        shuffled.append([one.value(budget) for budget in budgets])
     halves = None if table.halves is None else [solve(half, costs) for half in table.halves]
     null = None if table.null is None else solve(table.null, costs)
     progress((SHUFFLES + 1) / (SHUFFLES + 2))
     samples = oracle.bootstrap_budgets(scores, costs, samples=SAMPLES, seed=seed)
-    rows = tuple(_row(table, b, best, null, shuffled, halves, predicted, seed) for b in budgets)
+    rows = tuple(
+        _row(table, budget, best, null, values, halves, predicted, seed)
+        for budget, values in zip(budgets, zip(*shuffled, strict=True), strict=True)
+    )
     progress(1.0)
     return Report(
         full=full,
@@ -128,7 +132,8 @@ def default_budgets(costs: Tensor, most: int = 13) -> list[float]:
     return [float(b) for b in range(high, low - 1, -stride)][::-1]
 
 
-def _check_budgets(budgets: Sequence[float], costs: Tensor) -> None:
+def check_budgets(budgets: Sequence[float], costs: Tensor) -> None:
+    """Refuse budgets that no allocation of these ways has (UsageError)."""
     low, high = costs[0].item(), costs[-1].item()
     for budget in budgets:
         if not low <= budget <= high:
@@ -142,14 +147,13 @@ def _row(
     budget: float,
     best: Knapsack,
     null: Knapsack | None,
-    shuffled: Sequence[Knapsack],
+    shuffled: Sequence[float],
     halves: Sequence[Knapsack] | None,
     predicted: Tensor | None,
     seed: int,
 ) -> Row:
     scores, costs = table.scores, table.costs
     shares, fixed = oracle.fixed(scores, costs, budget)
-    values = [one.value(budget) for one in shuffled]
     top = best.value(budget)
     row = Row(
         budget=budget,
@@ -157,7 +161,7 @@ def _row(
         oracle=top,
         held_out=None if halves is None else _held_out(table, halves, budget),
         null=None if null is None else null.value(budget),
-        permuted=(sum(values) / len(values), min(values), max(values)),
+        permuted=(sum(shuffled) / len(shuffled), min(shuffled), max(shuffled)),
         route=None,
         route_depth=None,
         recovered=None,

@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli import options as o
+from offramp.cli.scoring import (
+    check_depths,
+    fitted_router,
+    scored_table,
+    texts_to_score,
+    written_plan,
+)
 from offramp.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
-
     from offramp.allocate.report import Report
     from offramp.allocate.table import ScoreTable
-    from offramp.cli.tracing import Texts
-    from offramp.model import Model
     from offramp.router import RouterWeights
 
 
@@ -96,7 +99,7 @@ def oracle(
     from rich.console import Console
     from tqdm import tqdm
 
-    from offramp.allocate.report import default_budgets, report
+    from offramp.allocate.report import check_budgets, default_budgets, report
     from offramp.allocate.table import load_table
     from offramp.cli.output import environment, finish
 
@@ -120,13 +123,14 @@ def oracle(
         assert prompts is not None
         assert depths is not None
         looks = looks or (max(depths[0] // 2, 1),)
-        _check_depths(loaded, depths, looks)
-        texts = _texts(loaded, prompts, limit, answers, max_new_tokens, batch_size, raw=raw)
-        scored = _scored(loaded, texts, depths, looks, score, seed=seed, batch_size=batch_size)
+        check_depths(loaded, depths, looks)
+        texts = texts_to_score(loaded, prompts, limit, answers, max_new_tokens, batch_size, raw=raw)
+        scored = scored_table(loaded, texts, depths, looks, score, seed=seed, batch_size=batch_size)
     if table_out is not None:
         scored.save(table_out)
     scored.must_allocate()
-    fitted, predicted = _fitted(scored, seed, needed=router is not None)
+    check_budgets(budgets, scored.costs)
+    fitted, predicted = fitted_router(scored, seed, needed=router is not None)
     swept = budgets or default_budgets(scored.costs)
     with tqdm(total=100, desc="budgets", unit="%", leave=False) as bar:
         done = report(
@@ -140,7 +144,7 @@ def oracle(
     if router is not None:
         assert fitted is not None
         assert predicted is not None
-        plan_record = _written(scored, fitted, predicted, router, plan, swept)
+        plan_record = written_plan(scored, fitted, predicted, router, plan, swept)
     if not json:
         _show(scored, done, Console(highlight=False))
     record = {
@@ -196,108 +200,6 @@ def _check_options(
         raise UsageError("--table holds its texts and depths: leave out --prompts and --exits")
     if plan is not None and (router is None or len(budgets) != 1):
         raise UsageError("--plan needs --router FILE and one --budget, the mean depth to aim at")
-
-
-def _check_depths(model: Model, depths: tuple[int, ...], looks: tuple[int, ...]) -> None:
-    """Refuse depths that the model lacks, and looks that not every option's prompt passes."""
-    from offramp.policy import check_exits
-
-    check_exits(depths, model.backbone.shape.num_layers)
-    check_exits(looks, model.backbone.shape.num_layers)
-    if looks[-1] > depths[0]:
-        raise UsageError(
-            f"--look {looks[-1]} is behind the first exit, {depths[0]}: a router may see only what "
-            "every choice runs"
-        )
-
-
-def _texts(
-    model: Model,
-    file: Path,
-    limit: int | None,
-    answers: str,
-    max_new_tokens: int,
-    batch_size: int,
-    *,
-    raw: bool,
-) -> Texts:
-    """Return prompts with answers of two tokens or more, which can be halved."""
-    from offramp.cli.tracing import own_answers
-    from offramp.text import encode, read_prompts
-    from offramp.tune.rows import read_rows
-
-    texts: Texts
-    if answers == "own":
-        wanted = read_prompts(file, limit)
-        texts = own_answers(
-            model, wanted, raw=raw, max_new_tokens=max_new_tokens, batch_size=batch_size
-        )
-    else:
-        texts = []
-        for row in read_rows([str(file)], limit=limit).rows:
-            prompt = encode(model.tokenizer, row.prompt, raw=raw)
-            answer = model.tokenizer(row.answer, add_special_tokens=False)["input_ids"]
-            texts.append((prompt + answer[:max_new_tokens], len(prompt)))
-    usable = [(ids, given) for ids, given in texts if len(ids) - given >= 2]
-    if not usable:
-        raise UsageError("no answer has two tokens or more, and scores are compared between halves")
-    return usable
-
-
-def _scored(
-    model: Model,
-    texts: Texts,
-    depths: tuple[int, ...],
-    looks: tuple[int, ...],
-    score: Any,
-    *,
-    seed: int,
-    batch_size: int,
-) -> ScoreTable:
-    """Return the table of these texts, with what a router sees of their prompts."""
-    from tqdm import tqdm
-
-    from offramp.allocate.score import features_of, from_trace
-    from offramp.cli.tracing import traced
-
-    made = from_trace(traced(model, texts, depths), model.id, score, seed=seed)
-    with tqdm(texts, desc="prompts", unit="text", leave=False) as bar:
-        prompts = (ids[:given] for ids, given in bar)
-        features = features_of(model.backbone, prompts, looks, batch_size=batch_size)
-    return made.with_features(features, looks)
-
-
-def _fitted(
-    scored: ScoreTable, seed: int, *, needed: bool
-) -> tuple[RouterWeights | None, Tensor | None]:
-    """Return a router and its predictions out of the folds, where the table allows one."""
-    from offramp.allocate.fit import LEAST_TEXTS, fit_router
-
-    if not needed and (scored.features is None or len(scored.scores) < LEAST_TEXTS):
-        return None, None
-    return fit_router(scored, seed=seed)
-
-
-def _written(
-    scored: ScoreTable,
-    fitted: RouterWeights,
-    predicted: Tensor,
-    router: Path,
-    plan: Path | None,
-    budgets: list[float],
-) -> dict[str, Any] | None:
-    """Write the router and the plan that uses it; return the plan."""
-    from offramp.allocate.fit import price_of
-    from offramp.plan import Plan, Route, write_plan
-
-    digest = fitted.save(router)
-    if plan is None:
-        return None
-    price = price_of(predicted, scored.costs, budgets[0])
-    run = Route(router=str(router), digest=digest, price=price, runs=scored.runs)
-    made = Plan(model=scored.model, run=run)
-    write_plan(plan, made)
-    return made.model_dump(mode="json")
 
 
 def _show(scored: ScoreTable, done: Report, console: Console) -> None:
