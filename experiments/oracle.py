@@ -20,8 +20,8 @@ import offramp
 from offramp.allocate.fit import fit_router
 from offramp.allocate.report import default_budgets, report
 from offramp.allocate.score import Score, features_of, from_trace
-from offramp.cli.oracle import as_record
 from offramp.cli.output import environment, finish
+from offramp.cli.scoring import as_record
 from offramp.cli.tracing import Texts, own_answers
 from offramp.text import encode, with_input
 

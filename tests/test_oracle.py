@@ -503,8 +503,9 @@ def test_wrong_usage_of_oracle_is_one_line(
     shell.refused(2, "this table was made of tiny", "oracle", checkpoint, "--table", table)
     shell.refused(2, "are outside 1 to 5", *real, "--exits", "2,9")
     shell.refused(2, "is behind the first exit", *real, "--exits", "2", "--look", "3")
-    few = (*real, "--exits", "2", "--limit", 5, "--answers", "file")
-    shell.refused(2, "20 or more are needed", *few)
+    for answers in ("own", "file"):
+        few = (*real, "--exits", "2", "--limit", 5, "--answers", answers)
+        shell.refused(2, "5 texts are too few to speak of a budget: 20 or more are needed", *few)
 
 
 def test_features_are_the_same_alone_and_in_company() -> None:

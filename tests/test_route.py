@@ -18,7 +18,7 @@ from offramp.backbone import Backbone
 from offramp.batch import Text
 from offramp.errors import OfframpError, UsageError
 from offramp.meter import Meter
-from offramp.plan import Exit, Full, Path, Plan, Route, execute, read_plan, write_plan
+from offramp.plan import Exit, Full, ModelId, Path, Plan, Route, execute, read_plan, write_plan
 from offramp.request import Request
 from offramp.router import RouterWeights, choices, load_router, look, num_features
 from tests.laws.test_9_readouts import owning
@@ -276,6 +276,8 @@ def test_what_a_route_cannot_be(tmp_path: FilePath) -> None:
     refused("fingerprint other", plan_of(replace(router, fingerprint="other"), path))
     run = plan_of(router, path)
     refused("other ways", run.model_copy(update={"runs": run.runs[::-1]}))
+    with pytest.raises(UsageError, match="this plan was made for x"):
+        Plan(model=ModelId(name="x", num_layers=6, fingerprint="x"), run=run).check(backbone)
     refused("a price per layer", run.model_copy(update={"price": -1.0}))
     for runs, words in (
         ((Path(layers=(0, 2, 3)), Full()), "does not begin with them"),

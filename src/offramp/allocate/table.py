@@ -106,11 +106,7 @@ class ScoreTable:
         Raises:
             UsageError: too few texts, or scores that do not differ between the ways.
         """
-        if len(self.scores) < LEAST_TEXTS:
-            raise UsageError(
-                f"{len(self.scores)} texts are too few to speak of a budget: {LEAST_TEXTS} or more "
-                "are needed, and some hundreds for a router"
-            )
+        must_be_enough(len(self.scores))
         if bool((self.scores == self.scores[:, :1]).all()):
             raise UsageError(
                 "no text's score differs between the ways: there is nothing to allocate; try "
@@ -132,6 +128,15 @@ class ScoreTable:
         )
         parts = {name: part.contiguous() for name, part in self.tensors().items()}
         write_tensors(path, parts, {"offramp_table": facts.model_dump_json()})
+
+
+def must_be_enough(texts: int) -> None:
+    """Refuse fewer texts than an oracle can be asked of (UsageError)."""
+    if texts < LEAST_TEXTS:
+        raise UsageError(
+            f"{texts} texts are too few to speak of a budget: {LEAST_TEXTS} or more are needed, "
+            "and some hundreds for a router"
+        )
 
 
 def _check_numbers(name: str, part: Tensor) -> None:

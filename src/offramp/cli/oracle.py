@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from offramp.cli import options as o
 from offramp.cli.scoring import (
+    as_record,
     check_depths,
     fitted_router,
     scored_table,
@@ -19,9 +20,9 @@ from offramp.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
     from offramp.allocate.report import Report
     from offramp.allocate.table import ScoreTable
-    from offramp.router import RouterWeights
 
 
 def oracle(
@@ -157,21 +158,6 @@ def oracle(
         **as_record(scored, done, fitted),
     }
     finish(record, as_json=json, out=out)
-
-
-def as_record(scored: ScoreTable, done: Report, fitted: RouterWeights | None) -> dict[str, Any]:
-    """Return what was found as a record; scores are teacher-forced if it says so."""
-    import dataclasses
-
-    return {
-        "texts": len(scored.scores),
-        "score": scored.score,
-        "teacher_forced": scored.teacher_forced,
-        "runs": [run.model_dump(mode="json") for run in scored.runs],
-        "costs": scored.costs.tolist(),
-        **dataclasses.asdict(done),
-        "router": None if fitted is None else {"looks": list(fitted.exits), **fitted.fitted_on},
-    }
 
 
 def _parse_budgets(text: str | None) -> list[float]:

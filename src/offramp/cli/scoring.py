@@ -10,6 +10,7 @@ from offramp.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from offramp.allocate.report import Report
     from offramp.allocate.table import ScoreTable
     from offramp.cli.tracing import Texts
     from offramp.model import Model
@@ -40,6 +41,7 @@ def texts_to_score(
     raw: bool,
 ) -> Texts:
     """Return prompts with answers of two tokens or more, which can be halved."""
+    from offramp.allocate.table import must_be_enough
     from offramp.cli.tracing import own_answers
     from offramp.text import encode, read_prompts
     from offramp.tune.rows import read_rows
@@ -47,6 +49,7 @@ def texts_to_score(
     texts: Texts
     if answers == "own":
         wanted = read_prompts(file, limit)
+        must_be_enough(len(wanted))  # before anything is generated
         texts = own_answers(
             model, wanted, raw=raw, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
@@ -57,8 +60,7 @@ def texts_to_score(
             answer = model.tokenizer(row.answer, add_special_tokens=False)["input_ids"]
             texts.append((prompt + answer[:max_new_tokens], len(prompt)))
     usable = [(ids, given) for ids, given in texts if len(ids) - given >= 2]
-    if not usable:
-        raise UsageError("no answer has two tokens or more, and scores are compared between halves")
+    must_be_enough(len(usable))
     return usable
 
 
@@ -116,3 +118,18 @@ def written_plan(
     made = Plan(model=scored.model, run=run)
     write_plan(plan, made)
     return made.model_dump(mode="json")
+
+
+def as_record(scored: ScoreTable, done: Report, fitted: RouterWeights | None) -> dict[str, Any]:
+    """Return what was found as a record; scores are teacher-forced if it says so."""
+    import dataclasses
+
+    return {
+        "texts": len(scored.scores),
+        "score": scored.score,
+        "teacher_forced": scored.teacher_forced,
+        "runs": [run.model_dump(mode="json") for run in scored.runs],
+        "costs": scored.costs.tolist(),
+        **dataclasses.asdict(done),
+        "router": None if fitted is None else {"looks": list(fitted.exits), **fitted.fitted_on},
+    }
