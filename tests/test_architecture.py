@@ -30,12 +30,13 @@ ORDER = [
     ("speculate",),
     ("trace",),
     ("gate",),
+    ("router", "route"),
     ("plan", "card"),
     ("inspection", "text"),
     ("hf",),
     ("fast",),
     ("model",),
-    ("bench", "tune"),
+    ("bench", "tune", "allocate"),
     ("cli",),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

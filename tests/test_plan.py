@@ -21,7 +21,18 @@ from hypothesis import strategies as st
 from offramp.backbone import Backbone
 from offramp.checks import FULL_HEAD, FullHead, GateFile, LowRank, Shortlist, Tokens
 from offramp.errors import OfframpError, UsageError
-from offramp.plan import Exit, Full, ModelId, Path, Plan, Run, Speculate, read_plan, write_plan
+from offramp.plan import (
+    Exit,
+    Full,
+    ModelId,
+    Path,
+    Plan,
+    Route,
+    Run,
+    Speculate,
+    read_plan,
+    write_plan,
+)
 from offramp.signals import registry
 
 LAYERS = 6
@@ -62,6 +73,13 @@ runs: dict[str, st.SearchStrategy[Any]] = {
         head=heads,
     ),
 }
+runs["route"] = st.builds(
+    Route,
+    router=names,
+    digest=st.text("0123456789abcdef", min_size=64, max_size=64),
+    price=numbers,
+    runs=st.lists(runs["full"] | runs["exit"] | runs["path"], max_size=3).map(tuple),
+)
 model_ids = st.builds(ModelId, name=names, num_layers=st.integers(), fingerprint=names)
 
 
@@ -86,6 +104,12 @@ def example(kind: str) -> dict[str, Any]:
         },
         "speculate": {"draft": [0, 1, 3], "tokens": 2, "min_confidence": 0.25},
         "path": {"layers": [0, 2, 5], "head": {"kind": "shortlist", "size": 9}},
+        "route": {
+            "router": "r.safetensors",
+            "digest": "0f" * 32,
+            "price": 0.5,
+            "runs": [{"kind": "full"}],
+        },
     }
     model = {"name": "tiny", "num_layers": LAYERS, "fingerprint": "this one"}
     return {"format": 1, "model": model, "run": {"kind": kind, **run[kind]}}
@@ -164,9 +188,10 @@ def test_only_full_depth_and_speculation_are_lossless() -> None:
     lossy: list[Run] = [
         Exit(signal="max_prob", thresholds={1: math.nextafter(1, 0)}),
         Path(layers=(0,)),
+        Route(router="r", digest="0f" * 32, price=0.0, runs=(Full(),)),
     ]
     lossless: list[Run] = [Full(), Speculate(draft=(0,))]
-    expected = [True, True, False, False]
+    expected = [True, True, False, False, False]
     assert expected == [Plan(run=run).lossless for run in [*lossless, *lossy]]
 
 
@@ -215,6 +240,10 @@ def test_an_unknown_key_is_named(tmp_path: FilePath, kind: str, keys: Keys) -> N
         ("speculate", ["run", "draft", 1], ["1", 1.5, None, True, math.nan]),
         ("speculate", ["run", "tokens"], ["2", 2.5, None, True, math.nan, math.inf]),
         ("speculate", ["run", "min_confidence"], ["0.5", None, True, math.nan, math.inf]),
+        ("route", ["run", "router"], [None, 7]),
+        ("route", ["run", "digest"], [None, "", "0f" * 31, "0F" * 32, "zz" * 32]),
+        ("route", ["run", "price"], [None, "1", math.nan, math.inf]),
+        ("route", ["run", "runs"], [None, {}, [7], [{"kind": "speculate", "draft": [0]}]]),
         ("path", ["run", "layers"], [None, 2, "01"]),
         ("path", ["run", "layers", 0], ["0", 0.5, None, False, math.nan]),
         ("path", ["run", "head"], [None, "full", {}, {"kind": "low_rank", "rank": 2}]),
@@ -360,7 +389,9 @@ def test_a_plan_that_does_not_fit_is_refused(run: Run, complaint: str) -> None:
         Plan(run=run).check(backbone())
 
 
-@pytest.mark.parametrize("kind", runs)
+@pytest.mark.parametrize(
+    "kind", sorted(runs.keys() - {"route"})
+)  # which needs its file: test_route
 def test_a_plan_for_another_model_is_refused(tmp_path: FilePath, kind: str) -> None:
     """A plan calibrated on one model is not run on another; both are named."""
     (tmp_path / "plan.json").write_text(json.dumps(example(kind)))

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from offramp.backbone import Backbone
 from offramp.policy import FULL, Policy, check_exits
 from offramp.probe import Readout
-from offramp.request import Pool, Request, Token
+from offramp.request import Pool, Request, Token, Writer
 from offramp.step import KV, step
 
 MAX_WAITING = 16
 """Tokens of one text that may wait before it runs at full depth: a late drain is a slow one."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to run a text's tokens: the options of :func:`decode`, under the same names."""
+
+    policy: Policy = FULL
+    layers: Sequence[int] | None = None
+    kv: KV = "exact"
+    look: Readout | None = None
+    head: Readout | None = None
+    exit_head: Readout | None = None
+    max_waiting: int = MAX_WAITING
+    exit_prompt: bool = False
+
+    def check(self, num_layers: int) -> None:
+        """Refuse exits that the path does not have (UsageError)."""
+        check_exits(self.policy.exits, num_layers if self.layers is None else len(self.layers))
 
 
 def decode(
@@ -43,25 +62,29 @@ def decode(
         exit_prompt: whether the prompt, too, may leave early (its tokens then wait).
         batch_size: texts at once.
     """
-    check_exits(policy.exits, backbone.shape.num_layers if layers is None else len(layers))
+    way = Way(policy, layers, kv, look, head, exit_head, max_waiting, exit_prompt)
+    way.check(backbone.shape.num_layers)
     for writers in Pool(backbone, requests, batch_size).rounds():
-        outcome = step(
-            backbone,
-            [writer.text for writer in writers],
-            policy,
-            layers=layers,
-            kv=kv,
-            look=look,
-            head=head,
-            exit_head=exit_head,
-            stay=[
-                not exit_prompt if writer.reading else writer.text.num_waiting >= max_waiting
-                for writer in writers
-            ],
-        )
-        for writer, logits, depth in zip(
-            writers, outcome.logits.split(1), outcome.depths, strict=True
-        ):
-            [token] = writer.request.choose(logits, writer.text.ids, len(writer.text.ids))
-            writer.text.ids.append(token)
-            yield writer.emit(token, depth)
+        yield from advance(backbone, writers, way)
+
+
+def advance(backbone: Backbone, writers: Sequence[Writer], way: Way) -> Iterator[Token]:
+    """Yield one new token of each text, all run the same way."""
+    outcome = step(
+        backbone,
+        [writer.text for writer in writers],
+        way.policy,
+        layers=way.layers,
+        kv=way.kv,
+        look=way.look,
+        head=way.head,
+        exit_head=way.exit_head,
+        stay=[
+            not way.exit_prompt if writer.reading else writer.text.num_waiting >= way.max_waiting
+            for writer in writers
+        ],
+    )
+    for writer, logits, depth in zip(writers, outcome.logits.split(1), outcome.depths, strict=True):
+        [token] = writer.request.choose(logits, writer.text.ids, len(writer.text.ids))
+        writer.text.ids.append(token)
+        yield writer.emit(token, depth)

@@ -20,7 +20,7 @@ from offramp.cost import (
     path_ratio,
     speculation_ratio,
 )
-from offramp.plan import Exit, Full, Path, Run, Speculate
+from offramp.plan import Exit, Full, Path, Route, Run, Speculate
 from offramp.policy import Threshold
 from offramp.timing import Constants
 from offramp.trace import Trace, replay
@@ -168,6 +168,8 @@ def at_best(run: Run, shape: Shape, constants: Constants) -> float:
                 for tokens in range(1, run.tokens + 1)
             )
             return min(ratios)
+        case Route():
+            return min(at_best(one, shape, constants) for one in run.runs)
 
 
 def _in_heads(check: Check, shape: Shape) -> float | None:

@@ -5,7 +5,7 @@ A plan knows its model by fingerprint and refuses another one; unknown keys are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Annotated, Literal
@@ -14,7 +14,7 @@ from pydantic import Field
 
 from offramp.backbone import Backbone, Shape
 from offramp.checks import FULL_HEAD, Check, FullHead, GateFile, Head
-from offramp.decode import MAX_WAITING, decode
+from offramp.decode import MAX_WAITING, Way, decode
 from offramp.errors import UsageError
 from offramp.files import write_text
 from offramp.gate import Gate, load_gate
@@ -22,6 +22,8 @@ from offramp.paths import check_path
 from offramp.policy import Threshold, check_exits
 from offramp.records import Record, read_record
 from offramp.request import Request, Token
+from offramp.route import route
+from offramp.router import RouterWeights, check_price, load_router
 from offramp.speculate import Draft, speculate
 
 
@@ -123,7 +125,68 @@ class Path(Record):
         self.head.must_fit(backbone.shape)
 
 
-Run = Full | Exit | Speculate | Path
+Whole = Annotated[Full | Exit | Path, Field(discriminator="kind")]
+"""One way to run a whole text: what a route chooses among."""
+
+
+class Route(Record):
+    """Choose one of several ways for each text, by the first layers of its prompt. Lossy."""
+
+    kind: Literal["route"] = "route"
+    router: str
+    """The router's file."""
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """SHA-256 of that file's bytes: another file is refused."""
+    price: float
+    """Predicted score that a layer per token has to be worth."""
+    runs: tuple[Whole, ...]
+    """The ways, as the router knows them."""
+
+    @cached_property
+    def weights(self) -> RouterWeights:
+        """Return what the router has learnt.
+
+        Raises:
+            OfframpError: the file cannot be read, is none, or is not the one this was made with.
+        """
+        return load_router(FilePath(self.router), self.digest)
+
+    def must_fit(self, backbone: Backbone) -> None:
+        """Refuse a router of another model or of other ways, and ways it cannot look ahead of."""
+        check_price(self.price)
+        weights = self.weights
+        weights.must_fit(backbone)
+        if tuple(run.model_dump_json() for run in self.runs) != weights.runs:
+            raise UsageError(
+                f"the router {self.router} was fitted to choose among other ways to run than the "
+                "plan names; fit it for these with 'offramp oracle --router'"
+            )
+        for run in self.runs:
+            run.must_fit(backbone)
+            _check_shared(run, weights, backbone)
+
+
+def _check_shared(run: Full | Exit | Path, router: RouterWeights, backbone: Backbone) -> None:
+    """Refuse a way whose prompt would not run the layers that a router looks through."""
+    depth = router.depth
+    match run:
+        case Path() if run.layers[:depth] != tuple(range(depth)):
+            raise UsageError(
+                f"the router looks at the prompt after the first {depth} layers, and a path of "
+                f"layers {list(run.layers)} does not begin with them"
+            )
+        case Exit() if run.exit_prompt:
+            raise UsageError("a route looks at whole prompts: its runs cannot have exit_prompt")
+        case Exit():
+            passed = {*backbone.blocks} & {*run.policy.exits} - {*router.exits}
+            if any(stop < depth for stop in passed):
+                raise UsageError(
+                    f"exit {min(passed)} has a block of its own that the prompt would pass "
+                    f"unasked; let the router look there, too, or before it"
+                )
+
+
+Run = Full | Exit | Speculate | Path | Route
 
 
 class ModelId(Record):
@@ -174,7 +237,12 @@ def check_of(plan: Plan) -> Check:
 
 
 def cheap_weights(plan: Plan, shape: Shape) -> int:
-    """Return the matrix weights that one row of the plan's cheap head multiplies; 0 for none."""
+    """Return the matrix weights that one row of the plan's cheap head multiplies; 0 for none.
+
+    Of a route, the most of any of its ways: counted rows do not say which way they went.
+    """
+    if isinstance(plan.run, Route):
+        return max(cheap_weights(Plan(run=run), shape) for run in plan.run.runs)
     heads = [plan.run.check, plan.run.head] if isinstance(plan.run, Exit) else [check_of(plan)]
     return max(head.weights(shape) for head in heads)
 
@@ -200,24 +268,30 @@ def execute(
     match run:
         case Full():
             return decode(backbone, requests, batch_size=batch_size)
+        case Speculate():
+            return speculate(backbone, requests, run.drafter, batch_size=batch_size)
+    requests = list(requests)
+    ends = {token for request in requests for token in request.eos}
+    if isinstance(run, Route):
+        ways = [way_of(backbone, one, ends) for one in run.runs]
+        return route(backbone, requests, run.weights, ways, price=run.price, batch_size=batch_size)
+    way = way_of(backbone, run, ends)
+    return decode(backbone, requests, **vars(way), batch_size=batch_size)
+
+
+def way_of(backbone: Backbone, run: Full | Exit | Path, ends: Collection[int]) -> Way:
+    """Return how a plan runs whole texts that end with these tokens."""
+    match run:
+        case Full():
+            return Way()
         case Exit():
-            requests = list(requests)
-            ends = {token for request in requests for token in request.eos}
-            return decode(
-                backbone,
-                requests,
+            return Way(
                 run.policy,
                 kv=run.kv,
                 look=run.sees.look(backbone),
                 exit_head=run.head.choose(backbone, ends),
                 max_waiting=run.max_waiting,
                 exit_prompt=run.exit_prompt,
-                batch_size=batch_size,
             )
         case Path():
-            requests = list(requests)
-            ends = {token for request in requests for token in request.eos}
-            head = run.head.choose(backbone, ends)
-            return decode(backbone, requests, layers=run.layers, head=head, batch_size=batch_size)
-        case Speculate():
-            return speculate(backbone, requests, run.drafter, batch_size=batch_size)
+            return Way(layers=run.layers, head=run.head.choose(backbone, ends))

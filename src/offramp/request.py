@@ -80,8 +80,8 @@ class Writer:
 
     @property
     def reading(self) -> bool:
-        """Whether the prompt has not been run yet."""
-        return self.text.done == 0
+        """Whether the prompt has not been answered yet."""
+        return len(self.text.ids) == len(self.request.ids)
 
     def emit(self, token: int, depth: int, *, accepted: bool = False) -> Token:
         """Record the next token and say whether it is the last one."""

@@ -22,7 +22,7 @@ from offramp.hf.backbone import HFBackbone
 from offramp.hf.load import GENERIC_FORMATS
 from offramp.meter import Meter
 from offramp.model import BackboneName, Model, load
-from offramp.plan import Exit, Full, Plan, Run, Speculate, cheap_weights, execute
+from offramp.plan import Exit, Full, Plan, Route, Run, Speculate, cheap_weights, execute
 from offramp.plan import Path as SubModel
 from offramp.request import Request
 from offramp.text import encode
@@ -138,6 +138,8 @@ def describe(run: Run) -> str:
         case Exit():
             cuts = ",".join(f"{depth}:{value:g}" for depth, value in run.policy.thresholds)
             return f"{run.signal}={cuts} {run.kv}{_unless_full(run.check)}"
+        case Route():
+            return f"route({' | '.join(describe(one) for one in run.runs)})"
 
 
 def _unless_full(check: Check) -> str:

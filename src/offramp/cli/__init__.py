@@ -12,6 +12,7 @@ from offramp.cli.bench import bench
 from offramp.cli.export import export
 from offramp.cli.generate import generate
 from offramp.cli.inspect import inspect
+from offramp.cli.oracle import oracle
 from offramp.cli.output import visible
 from offramp.cli.trace import trace
 from offramp.cli.tune import tune
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (inspect, tune, generate, trace, bench, export):
+for verb in (inspect, tune, generate, trace, oracle, bench, export):
     app.command()(verb)
 
 

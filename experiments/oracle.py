@@ -1,0 +1,117 @@
+"""How much could a depth per text save, how much of it is noise, how much does a router recover?
+
+    python experiments/oracle.py --data all_730.jsonl --out results/oracle.json
+
+Takes the prompts of the LITE test sets that have a reference (Self-Instruct's), and scores every
+depth from 18 on, teacher-forced, on the reference and on the model's own greedy answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import offramp
+from offramp.allocate.fit import fit_router
+from offramp.allocate.report import default_budgets, report
+from offramp.allocate.score import Score, features_of, from_trace
+from offramp.cli.output import environment, finish
+from offramp.cli.scoring import as_record
+from offramp.cli.tracing import Texts, own_answers
+from offramp.text import encode, with_input
+
+ARMS: tuple[tuple[str, Score], ...] = (
+    ("reference", "match"),
+    ("reference", "loss"),
+    ("own", "agreement"),
+)
+
+
+def main() -> None:
+    """Score, judge every arm, print a line per arm and budget, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--weights", default="fp32", choices=("fp32", "bf16", "int8", "int4"))
+    parser.add_argument("--first", type=int, default=18, help="the shallowest depth")
+    parser.add_argument("--look", type=int, default=18, help="where a router looks at the prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--limit", type=int, default=300)
+    options = parser.parse_args()
+    start = time.perf_counter()
+    model = offramp.load(options.model, weights=options.weights)
+    count = options.max_new_tokens
+    asked = answered(options.data)[: options.limit]
+    prompts = [prompt for prompt, _ in asked]
+    texts = {
+        "reference": references(model, asked, count),
+        "own": own_answers(model, prompts, raw=False, max_new_tokens=count, batch_size=64),
+    }
+    # A text's scores are compared between its halves.
+    texts = {
+        name: [one for one in some if len(one[0]) - one[1] >= 2] for name, some in texts.items()
+    }
+    exits = tuple(range(options.first, model.backbone.shape.num_layers))
+    traces = {
+        name: offramp.record(model.backbone, tqdm(some), exits) for name, some in texts.items()
+    }
+    arms: list[dict[str, Any]] = []
+    for name, score in ARMS:
+        looked = [ids[:given] for ids, given in texts[name]]
+        features = features_of(model.backbone, looked, (options.look,))
+        table = from_trace(traces[name], model.id, score).with_features(features, (options.look,))
+        router, predicted = fit_router(table)
+        done = report(table, default_budgets(table.costs), predicted)
+        arms.append({"text": name, **as_record(table, done, router)})
+        print(name, score, f"full {done.full:.4f}, oracle equals it at {done.smallest:.2f}")
+        for row in done.rows:
+            print(row)
+    command = (
+        f"python experiments/oracle.py --data {options.data.name} --weights {options.weights} "
+        f"--max-new-tokens {count}"
+        + ("" if options.model is None else " --model MODEL")
+        + " --out results/oracle.json"
+    )
+    record = {
+        "command": command,
+        "model": model.name,
+        "plan": None,
+        "seed": 0,
+        "backbone": model.backbone.name,
+        "weights": model.backbone.weights,
+        **environment(),
+        "max_new_tokens": count,
+        "seconds": time.perf_counter() - start,
+        "arms": arms,
+    }
+    finish(record, as_json=False, out=options.out)
+
+
+def answered(data: Path) -> list[tuple[str, str]]:
+    """Return (prompt, reference) of the rows that have one."""
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    return [
+        (with_input(row["instruction"], row["input"]), row["reference"])
+        for row in rows
+        if row["reference"]
+    ]
+
+
+def references(model: offramp.Model, asked: list[tuple[str, str]], count: int) -> Texts:
+    """Return prompts with the first tokens of their references."""
+    texts: Texts = []
+    for prompt, reference in asked:
+        ids = encode(model.tokenizer, prompt)
+        answer = model.tokenizer(reference, add_special_tokens=False)["input_ids"][:count]
+        texts.append((ids + answer, len(ids)))
+    return texts
+
+
+if __name__ == "__main__":
+    main()
