@@ -30,12 +30,12 @@ ORDER = [
     ("speculate",),
     ("trace",),
     ("gate",),
-    ("plan", "card"),
+    ("plan", "card", "certificate"),
     ("inspection", "text"),
     ("hf",),
     ("fast",),
     ("model",),
-    ("bench", "tune"),
+    ("bench", "tune", "calibrate"),
     ("cli",),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
