@@ -1,8 +1,9 @@
-"""Made-up traces for the calibration tests: scores that know something, texts of several lengths."""
+"""Made-up traces for the calibration tests: scores that know something, texts of all lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -40,3 +41,9 @@ def made_up(
         loss=loss,
         scores={"max_prob": score, "fixed": torch.ones_like(score)},
     )
+
+
+def altered(trace: Trace, **changes: Any) -> Trace:
+    """Return the trace with other fields."""
+    fields = {name: value for name, value in trace.__dict__.items() if name != "agrees"}
+    return Trace(**{**fields, **changes})

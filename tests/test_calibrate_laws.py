@@ -1,4 +1,4 @@
-"""Laws of calibration: valid p-values, exact replays, certificates that hold, broken ones caught."""
+"""Laws of calibration: valid p-values, exact replays, certificates that hold, broken ones not."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
 from offramp.calibrate.bounds import (
     BOUNDS,
     Floats,
@@ -43,7 +44,7 @@ from offramp.checks import FULL_HEAD
 from offramp.errors import UsageError
 from offramp.policy import Threshold
 from offramp.trace import Trace, replay
-from tests.calibration import made_up
+from tests.calibration import altered, made_up
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -112,7 +113,7 @@ def test_p_values_are_monotone(bound: PValue, drawn: list[float], data: st.DataO
 
 def test_the_binomial_bound_refuses_shares() -> None:
     """It is exact for coins, and wrong for anything else."""
-    with pytest.raises(UsageError, match="0 or 1 per sequence"):
+    with pytest.raises(UsageError, match="losses of 0 and 1"):
         binomial(np.array([0.0, 0.5]), 0.1)
 
 
@@ -311,19 +312,17 @@ def test_too_few_sequences_are_refused_with_their_number(method: str) -> None:
     assert values <= level
 
 
-def _altered(trace: Trace, agree: bool) -> Trace:
+def _agreeing(trace: Trace, agree: bool) -> Trace:
     chosen = trace.chosen[:, -1:].repeat(1, trace.chosen.shape[1])
     if not agree:
         chosen[:, :-1] += 1
-    fields = {**trace.__dict__, "chosen": chosen}
-    fields.pop("agrees", None)
-    return Trace(**fields)
+    return altered(trace, chosen=chosen)
 
 
 @pytest.mark.parametrize("agree", [True, False])
 def test_all_agree_and_none_agree(agree: bool) -> None:
     """The first certifies leaving as often as possible; the second says that nothing would help."""
-    trace = _altered(made_up(200, most=3, seed=1), agree)
+    trace = _agreeing(made_up(200, most=3, seed=1), agree)
     scores = seen(trace, "max_prob", trace.exits, FULL_HEAD)
     all_of = replay_all(trace, scores, trace.exits, grid(scores), exit_prompt=True)
     order, test, _ = split(200, 0)

@@ -48,10 +48,7 @@ def binomial(losses: Floats, alpha: float) -> Floats:
         UsageError: a loss between 0 and 1.
     """
     if ((losses != 0) & (losses != 1)).any():
-        raise UsageError(
-            "the binomial bound is exact for risks that are 0 or 1 per sequence (divergence, "
-            "error); take hoeffding-bentkus or betting for this one"
-        )
+        raise UsageError("the binomial bound is for losses of 0 and 1, and some lie between")
     return _binomial_tail(losses.sum(-1), losses.shape[-1], alpha)
 
 

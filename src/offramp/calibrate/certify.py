@@ -47,6 +47,11 @@ class Goal:
             raise UsageError(f"unknown risk {self.risk!r}; there are {', '.join(RISKS)}")
         if self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}; there are {', '.join(METHODS)}")
+        if self.method == "binomial" and not RISKS[self.risk].binary:
+            raise UsageError(
+                "the binomial bound is exact for risks that are 0 or 1 per sequence (divergence, "
+                "error); take hoeffding-bentkus or betting for this one"
+            )
 
     @property
     def fewest(self) -> int:

@@ -21,6 +21,8 @@ class Risk:
     """What choosing each token at each exit, or at the last layer, loses: ``[T, E + 1]`` fp32."""
     per_sequence: Callable[[Tensor, Tensor], Tensor]
     """``(sum over a sequence's tokens, number of tokens) -> loss in [0, 1]``, elementwise."""
+    binary: bool = False
+    """Whether a loss is 0 or 1: then the binomial bound is exact."""
 
 
 def _disagreement(trace: Trace) -> Tensor:
@@ -59,12 +61,12 @@ RISKS = {
         "share of a sequence's tokens that are not the last layer's", _disagreement, _share
     ),
     "divergence": Risk(
-        "share of sequences with a token that is not the last layer's", _disagreement, _any
+        "share of sequences with a token that is not the last layer's", _disagreement, _any, True
     ),
     "loss": Risk(
         "nats per token lost on the text, clipped to [0, 1] per sequence", _increase, _clipped
     ),
-    "error": Risk("share of sequences that are not the given text", _error, _any),
+    "error": Risk("share of sequences that are not the given text", _error, _any, True),
 }
 """By name. ``error`` is about texts that hold right answers; on the model's own text it is
 ``divergence``."""

@@ -1,4 +1,4 @@
-"""``offramp calibrate``: exit thresholds with a certificate, or how much more text one would need."""
+"""``offramp calibrate``: exit thresholds with a certificate, or how much more text it needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -233,16 +233,21 @@ def _warn(data: dict[str, str], card: Card | None) -> None:
 
 @contextmanager
 def _bar(name: str) -> Iterator[Callable[[int, int], object]]:
-    """Give a function that shows (done, of all) as a bar."""
+    """Give a function that shows (done, of all) as a bar; none before it is called."""
     from tqdm import tqdm
 
-    with tqdm(total=1, desc=name, unit="setting", leave=False) as bar:
+    bars: list[Any] = []
 
-        def told(done: int, count: int) -> None:
-            bar.total = count
-            bar.update(done - bar.n)
+    def told(done: int, count: int) -> None:
+        if not bars:
+            bars.append(tqdm(total=count, desc=name, unit="setting", leave=False))
+        bars[0].update(done - bars[0].n)
 
+    try:
         yield told
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def _verified(
