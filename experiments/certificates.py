@@ -6,8 +6,8 @@ r"""Do certificates hold on a real trace? Counts violations for every risk and b
         --out results/certificates_stories.json
 
 The model writes greedily, and one pass over that text is the trace: SmolLM2-135M on the 512
-shortest prompts, or the 260K-parameter story model on 640 first sentences. TRACE is where it is kept (with
-what it took, as JSON beside it); a second run begins with it. Then:
+shortest prompts, or the 260K-parameter story model on 640 first sentences. TRACE is where it is
+kept (with what it took, as JSON beside it); a second run begins with it. Then:
 
 * the 200 draws of ``offramp calibrate --verify``, for every risk and bound, at two alphas each;
 * the same with two broken bounds: the mean taken at its word, and Hoeffding-Bentkus as if the
@@ -30,15 +30,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import offramp
-from offramp.calibrate.bounds import BOUNDS, Floats, hoeffding_bentkus
+from offramp.calibrate.bounds import BOUNDS, Floats, PValue, hoeffding_bentkus
 from offramp.calibrate.certify import CONFORMAL, CannotCertifyError, Goal
 from offramp.calibrate.drift import measure, prompts_of, write
-from offramp.calibrate.replays import Replays, replay_all
-from offramp.calibrate.run import Calibration, Way, calibrate, counted, pricing
-from offramp.calibrate.settings import Price, grid, seen
+from offramp.calibrate.replays import Replays
+from offramp.calibrate.risks import RISKS
+from offramp.calibrate.run import (
+    Calibration,
+    Way,
+    calibrate,
+    candidates,
+    counted,
+    pricing,
+    replay_settings,
+)
+from offramp.calibrate.settings import Price
 from offramp.calibrate.verify import verify
 from offramp.checks import Shortlist
 from offramp.cli.output import environment, finish
@@ -51,7 +61,6 @@ from offramp.text import encode, read_prompts
 from offramp.trace import Trace, load_trace
 
 DELTA = 0.1
-BINARY = ("divergence", "error")
 _TOKENS = 16
 
 
@@ -139,40 +148,36 @@ def recorded(subject: Subject, path: Path) -> tuple[Trace, Any]:
     return counted(load_trace(path)), json.loads(kept.read_text(encoding="utf-8"))
 
 
-def row(
-    replays: Replays, goal: Goal, price: Price, repeats: int, broken: str | None = None
-) -> dict[str, Any]:
-    """Return what verification says of one risk, level and bound."""
-    name = broken or goal.method
-    bar = tqdm(range(repeats), desc=f"{goal.risk} {goal.alpha} {name}", leave=False)
-    bound = BROKEN[broken] if broken else None
-    done = verify(replays, goal, price, repeats=repeats, bound=bound, progress=bar)
-    return {
-        "risk": goal.risk,
-        "alpha": goal.alpha,
-        "delta": None if goal.method == CONFORMAL else goal.delta,
-        "bound": name,
-        **dataclasses.asdict(done),
-        "holds": done.holds,
-    }
-
-
 def rows(
     replays: Replays, alphas: dict[str, tuple[float, float]], price: Price, repeats: int
 ) -> list[dict[str, Any]]:
     """Return a row for each risk, alpha and bound; the broken bounds last."""
-    found = [
-        row(replays, Goal(risk, alpha, DELTA, method), price, repeats)
+    tries: list[tuple[str, Goal, PValue | None]] = [
+        (method, Goal(risk, alpha, DELTA, method), None)
         for risk, levels in alphas.items()
         for alpha in levels
         for method in (*BOUNDS, CONFORMAL)
-        if method != "binomial" or risk in BINARY
+        if method != "binomial" or RISKS[risk].binary
     ]
-    return found + [
-        row(replays, Goal(risk, levels[1], DELTA), price, repeats, broken)
+    tries += [
+        (name, Goal(risk, levels[1], DELTA), bound)
         for risk, levels in alphas.items()
-        for broken in BROKEN
-        if risk != "error"
+        for name, bound in BROKEN.items()
+    ]
+    bar = tqdm(range(repeats), desc="verify")
+    asked = [(goal, bound) for _, goal, bound in tries]
+    done = verify(replays, asked, price, repeats=repeats, progress=bar)
+    return [
+        {
+            "risk": goal.risk,
+            "alpha": goal.alpha,
+            "delta": None if goal.method == CONFORMAL else goal.delta,
+            "bound": name,
+            "broken": bound is not None,
+            **dataclasses.asdict(one),
+            "holds": one.holds,
+        }
+        for (name, goal, bound), one in zip(tries, done, strict=True)
     ]
 
 
@@ -185,7 +190,7 @@ def certified(trace: Trace, way: Way, price: Price) -> tuple[Calibration | None,
         return None, {"said": str(error), "seconds": time.perf_counter() - start}
     return found, {
         "seconds": time.perf_counter() - start,
-        "settings": found.replays.count,
+        "settings": found.tried,
         "thresholds": {str(depth): value for depth, value in found.run.thresholds.items()},
         "tested": len(found.parts.test),
         **dataclasses.asdict(found.found),
@@ -224,8 +229,8 @@ def main() -> None:
     trace, took = recorded(subject, args.trace)
     price = pricing(model.backbone.shape, way, trace, None)
     found, one = certified(trace, way, price)
-    scores = seen(trace, way.signal, way.exits, way.check)
-    replays = replay_all(trace, scores, way.exits, grid(scores))
+    worth = [candidates(trace, way, risk, price)[1] for risk in RISKS]
+    replays = replay_settings(trace, way, torch.cat(worth).unique(dim=0))
     agreement = trace.agrees.float().mean(0).tolist()
     record = {
         "model": model.name,

@@ -41,8 +41,7 @@ class Drift(Record):
 class Certificate(Record):
     """P(risk > alpha) <= delta over the draw of n sequences; or, conformal, E(risk) <= alpha."""
 
-    risk: str
-    """One of :data:`offramp.calibrate.risks.RISKS`."""
+    risk: Literal["disagreement", "divergence", "loss", "error"]
     alpha: Rate
     delta: Rate | None
     """None by conformal risk control, which bounds an expectation."""

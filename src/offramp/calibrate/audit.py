@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from offramp.backbone import Backbone
 from offramp.calibrate.drift import Monitor, replayed_losses
+from offramp.calibrate.risks import RISKS
 from offramp.certificate import Certificate
 from offramp.errors import UsageError
 from offramp.plan import Exit, Plan
@@ -19,16 +20,17 @@ def audited(plan: Plan, share: float) -> tuple[Exit, Certificate]:
     """Return the policy and the certificate that an audit is about.
 
     Raises:
-        UsageError: a plan without a certificate, or whose risk needs right answers; or a share
+        UsageError: a plan without a certificate, or whose risk is about given text; or a share
             outside (0, 1].
     """
     if not 0 < share <= 1:
         raise UsageError(f"--audit is a share of the answers, above 0 and up to 1, not {share}")
     if not isinstance(plan.run, Exit) or plan.certificate is None:
         raise UsageError("--audit checks a certified plan in use; make one with offramp calibrate")
-    if plan.certificate.risk == "error":
+    if not RISKS[plan.certificate.risk].on_own_text:
         raise UsageError(
-            "--audit compares with the full model, and this plan is certified for right answers"
+            f"--audit re-checks the policy's own text, and {plan.certificate.risk} is about text "
+            "that was given; certify disagreement or divergence"
         )
     return plan.run, plan.certificate
 

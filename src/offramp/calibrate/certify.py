@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from offramp.calibrate.bounds import BOUNDS, Floats, PValue, fewest, more_needed
 from offramp.calibrate.replays import Replays
 from offramp.calibrate.risks import RISKS
-from offramp.calibrate.settings import Price, costs, safe_to_cheap
+from offramp.calibrate.settings import safe_to_cheap
 from offramp.errors import OfframpError, UsageError
 
 CONFORMAL = "conformal"
@@ -112,11 +112,10 @@ class Found:
 
 def certify(
     replays: Replays,
+    cost: Floats,
     order: Indices,
     test: Indices,
     goal: Goal,
-    price: Price,
-    *,
     bound: PValue | None = None,
 ) -> Found | None:
     """Return the cheapest setting of the path that is certified, or None.
@@ -126,14 +125,14 @@ def certify(
 
     Args:
         replays: what all settings do to all sequences.
+        cost: ``[M]``, predicted on ``order``.
         order: sequences that order the path.
         test: other sequences, which are tested; repeats are allowed where they were drawn so.
         goal: risk, alpha, delta and method.
-        price: predicts the cost of leaving.
         bound: in place of the goal's own, for trying one out.
     """
-    path = path_of(replays, order, goal, price)
-    losses = replays.losses[goal.risk][path][:, test]
+    path = path_of(replays, cost, order, goal)
+    losses = replays.losses[goal.risk][path[:, None], test]
     if goal.method == CONFORMAL and bound is None:
         values, level = conformal(losses), goal.alpha
     else:
@@ -142,25 +141,13 @@ def certify(
     if not passed:
         return None
     last = int(path[passed - 1])
-    cost = costs(_only(replays, last), order, price)[0]
-    return Found(last, float(values[passed - 1]), cost, float(losses[passed - 1].mean()), passed)
+    risk = float(losses[passed - 1].mean())
+    return Found(last, float(values[passed - 1]), float(cost[last]), risk, passed)
 
 
-def path_of(replays: Replays, order: Indices, goal: Goal, price: Price) -> Indices:
+def path_of(replays: Replays, cost: Floats, order: Indices, goal: Goal) -> Indices:
     """Return the settings to test, from the safest to the cheapest on ``order``."""
-    risk = replays.losses[goal.risk][:, order].mean(-1)
-    return safe_to_cheap(risk, costs(replays, order, price))
-
-
-def _only(replays: Replays, setting: int) -> Replays:
-    one = slice(setting, setting + 1)
-    return Replays(
-        replays.exits,
-        replays.thresholds[one],
-        {name: losses[one] for name, losses in replays.losses.items()},
-        replays.left[one],
-        replays.rows,
-    )
+    return safe_to_cheap(replays.losses[goal.risk][:, order].mean(-1), cost)
 
 
 def conformal(losses: Floats) -> Floats:
@@ -176,11 +163,11 @@ def conformal(losses: Floats) -> Floats:
 
 
 def refusal(
-    replays: Replays, order: Indices, test: Indices, goal: Goal, price: Price
+    replays: Replays, cost: Floats, order: Indices, test: Indices, goal: Goal
 ) -> CannotCertifyError:
     """Return what to say where no setting passes: how many more sequences would do, if any."""
-    path = path_of(replays, order, goal, price)
-    losses = replays.losses[goal.risk][path[0]][test]
+    safest = path_of(replays, cost, order, goal)[0]
+    losses = replays.losses[goal.risk][safest][test]
     rate = float(losses.mean())
     said = (
         f"cannot certify {goal.risk} at most {goal.alpha} with n = {len(test)}: at the safest "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -41,10 +40,11 @@ class Replays:
     def shares(self, sequences: NDArray[np.int64]) -> Floats:
         """Return ``[M, E]``: the share of these sequences' tokens that leaves at each exit."""
         counted = np.bincount(sequences, minlength=len(self.rows)).astype(np.float32)
-        share: Floats = self.left @ counted / float(counted @ self.rows)
+        left = (self.left @ counted).astype(np.float64)
+        share: Floats = left / float(counted @ self.rows)
         return share
 
-    @cached_property
+    @property
     def count(self) -> int:
         """Return how many settings there are."""
         return len(self.thresholds)

@@ -23,6 +23,9 @@ class Risk:
     """``(sum over a sequence's tokens, number of tokens) -> loss in [0, 1]``, elementwise."""
     binary: bool = False
     """Whether a loss is 0 or 1: then the binomial bound is exact."""
+    on_own_text: bool = False
+    """Whether it means something on text that the policy wrote: it is against the last layer, not
+    against the text, whose every token the policy chose."""
 
 
 def _disagreement(trace: Trace) -> Tensor:
@@ -58,15 +61,22 @@ def _clipped(total: Tensor, rows: Tensor) -> Tensor:
 
 RISKS = {
     "disagreement": Risk(
-        "share of a sequence's tokens that are not the last layer's", _disagreement, _share
+        "share of a sequence's tokens that are not the last layer's",
+        _disagreement,
+        _share,
+        on_own_text=True,
     ),
     "divergence": Risk(
-        "share of sequences with a token that is not the last layer's", _disagreement, _any, True
+        "share of sequences with a token that is not the last layer's",
+        _disagreement,
+        _any,
+        binary=True,
+        on_own_text=True,
     ),
     "loss": Risk(
         "nats per token lost on the text, clipped to [0, 1] per sequence", _increase, _clipped
     ),
-    "error": Risk("share of sequences that are not the given text", _error, _any, True),
+    "error": Risk("share of sequences that are not the given text", _error, _any, binary=True),
 }
 """By name. ``error`` is about texts that hold right answers; on the model's own text it is
 ``divergence``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from offramp.calibrate.certify import (
     CONFORMAL,
     Found,
     Goal,
+    Indices,
     Parts,
     certify,
     must_be_enough,
@@ -23,7 +24,15 @@ from offramp.calibrate.certify import (
     split,
 )
 from offramp.calibrate.replays import Replays, replay_all
-from offramp.calibrate.settings import MOST_EXITS, Price, grid, seen
+from offramp.calibrate.settings import (
+    MOST_EXITS,
+    Price,
+    costs,
+    grid,
+    refined,
+    safe_to_cheap,
+    seen,
+)
 from offramp.calibrate.verify import Verification, verify
 from offramp.certificate import Certificate, Drift, HeldOut
 from offramp.checks import FULL_HEAD, Check, GateFile
@@ -69,17 +78,27 @@ def exits_of(trace: Trace, asked: Sequence[int] | None) -> tuple[int, ...]:
 
 def counted(trace: Trace) -> Trace:
     """Return the trace without the texts that have no counted token."""
-    if all(trace.rows):
+    return selected(trace, np.flatnonzero(trace.rows))
+
+
+def selected(trace: Trace, sequences: Indices) -> Trace:
+    """Return the trace of some of its texts, in the order given."""
+    kept = sequences.tolist()
+    if kept == list(range(len(trace.rows))):
         return trace
-    kept = [i for i, rows in enumerate(trace.rows) if rows]
-    parts = trace.ids.split(list(trace.lengths))
-    fields = {name: value for name, value in trace.__dict__.items() if name != "agrees"}
-    fields |= {
-        "ids": torch.cat([parts[i] for i in kept]),
-        "lengths": tuple(trace.lengths[i] for i in kept),
-        "rows": tuple(trace.rows[i] for i in kept),
-    }
-    return Trace(**fields)
+    ids = trace.ids.split(list(trace.lengths))
+    rows = torch.arange(sum(trace.rows)).split(list(trace.rows))
+    index = torch.cat([rows[i] for i in kept])
+    return replace(
+        trace,
+        ids=torch.cat([ids[i] for i in kept]),
+        lengths=tuple(trace.lengths[i] for i in kept),
+        rows=tuple(trace.rows[i] for i in kept),
+        chosen=trace.chosen[index],
+        loss=trace.loss[index],
+        scores={name: column[index] for name, column in trace.scores.items()},
+        hidden=None if trace.hidden is None else trace.hidden[index],
+    )
 
 
 def text_hash(trace: Trace) -> str:
@@ -107,6 +126,8 @@ class Calibration:
     way: Way
     goal: Goal
     parts: Parts
+    tried: int
+    """Joint settings that were replayed."""
     replays: Replays
     found: Found
     held_out: HeldOut
@@ -126,13 +147,13 @@ class Calibration:
         """Return the plan with its certificate, sealed."""
         goal = self.goal
         certificate = Certificate(
-            risk=goal.risk,
+            risk=goal.risk,  # type: ignore[arg-type]  # Goal has checked both
             alpha=goal.alpha,
             delta=None if goal.method == CONFORMAL else goal.delta,
-            method=goal.method,  # type: ignore[arg-type]  # Goal has checked it
+            method=goal.method,  # type: ignore[arg-type]
             n=len(self.parts.test),
             value=self.found.value,
-            settings=self.replays.count,
+            settings=self.tried,
             cost=self.found.cost,
             measured=measured,
             weights=weights,
@@ -175,16 +196,25 @@ def calibrate(
     count = len(trace.rows)
     must_be_enough(count, goal)
     parts = split(count, seed)
-    replays = _replayed(trace, way, parts.order, progress)
-    found = certify(replays, parts.order, parts.test, goal, price)
+    tried, settings = candidates(trace, way, goal.risk, price, order=parts.order)
+    replays = replay_settings(trace, way, settings, progress)
+    cost = costs(replays, parts.order, price)
+    found = certify(replays, cost, parts.order, parts.test, goal)
     if found is None:
-        raise refusal(replays, parts.order, parts.test, goal, price)
+        raise refusal(replays, cost, parts.order, parts.test, goal)
     held_out = HeldOut(
         n=len(parts.held_out),
         risk=float(replays.losses[goal.risk][found.setting][parts.held_out].mean()),
     )
     return Calibration(
-        way, goal, parts, replays, found, held_out, run_of(way, replays.thresholds[found.setting])
+        way=way,
+        goal=goal,
+        parts=parts,
+        tried=tried,
+        replays=replays,
+        found=found,
+        held_out=held_out,
+        run=run_of(way, replays.thresholds[found.setting]),
     )
 
 
@@ -201,19 +231,38 @@ def verification(
     """Repeat the procedure on draws of the trace's sequences; settings are the same in all."""
     trace = counted(trace)
     must_be_enough(len(trace.rows), goal)
-    replays = _replayed(trace, way, None, lambda done, all_of: None)
-    return verify(replays, goal, price, repeats=repeats, seed=seed, progress=progress)
+    _, settings = candidates(trace, way, goal.risk, price)
+    replays = replay_settings(trace, way, settings)
+    [done] = verify(replays, [(goal, None)], price, repeats=repeats, seed=seed, progress=progress)
+    return done
 
 
-def _replayed(
+def candidates(
+    trace: Trace, way: Way, risk: str, price: Price, *, order: Indices | None = None
+) -> tuple[int, Tensor]:
+    """Return (how many settings were tried, the thresholds ``[M, E]`` that are worth a test).
+
+    A grid is replayed on the sequences of ``order`` (all by default), and its path from safe to
+    cheap is refined: nothing that is tested later has been looked at.
+    """
+    whole = len(trace.rows) if order is None else len(order)
+    seen(trace, way.signal, way.exits, way.check)  # refuses what the whole trace lacks
+    part = trace if order is None else selected(trace, order)
+    scores = seen(part, way.signal, way.exits, way.check)
+    coarse = replay_settings(part, way, grid(scores, keep_exits=way.keeps_exits))
+    every = np.arange(whole)
+    path = safe_to_cheap(coarse.losses[risk].mean(-1), costs(coarse, every, price))
+    settings = refined(coarse.thresholds[path], scores)
+    return coarse.count + len(settings), settings
+
+
+def replay_settings(
     trace: Trace,
     way: Way,
-    order: np.ndarray | None,
-    progress: Callable[[int, int], object],
+    settings: Tensor,
+    progress: Callable[[int, int], object] = lambda done, all_of: None,
 ) -> Replays:
-    """Replay the settings whose thresholds come from the sequences of ``order``, or from all."""
-    scores = seen(trace, way.signal, way.exits, way.check)
-    settings = grid(_of(trace, scores, order), keep_exits=way.keeps_exits)
+    """Replay settings ``[M, E]`` on all of a trace; progress is told (done, of all)."""
     done = [0]
 
     def more(count: int) -> None:
@@ -222,20 +271,13 @@ def _replayed(
 
     return replay_all(
         trace,
-        scores,
+        seen(trace, way.signal, way.exits, way.check),
         way.exits,
         settings,
         max_waiting=way.max_waiting,
         exit_prompt=way.exit_prompt,
         progress=more,
     )
-
-
-def _of(trace: Trace, scores: Tensor, sequences: np.ndarray | None) -> Tensor:
-    if sequences is None:
-        return scores
-    parts = scores.split(list(trace.rows))
-    return torch.cat([parts[i] for i in sequences.tolist()])
 
 
 def run_of(way: Way, thresholds: Tensor) -> Exit:

@@ -26,6 +26,7 @@ from offramp.trace import Trace
 
 _SETTINGS = 1024
 """At least so many joint settings, the one that never leaves among them."""
+_BETWEEN = 8
 MOST_EXITS = 6
 """With more, few thresholds per exit would be left."""
 
@@ -121,6 +122,26 @@ def grid(scores: Tensor, *, keep_exits: bool = False) -> Tensor:
         never = torch.tensor([torch.inf])
         columns.append(values if keep_exits else torch.cat([values, never]))
     settings = torch.cartesian_prod(*columns).reshape(-1, exits)
+    return settings[~settings.isinf().all(1)]
+
+
+def refined(path: Tensor, scores: Tensor) -> Tensor:
+    """Return the settings of a path ``[K, E]`` and more between neighbours, ``[M, E]``.
+
+    Seven steps between two, evenly by how many of the rows ``[T, E]`` reach an exit's threshold:
+    a coarse grid's path would jump over the risk that is asked for.
+    """
+    ordered = torch.cat([scores.sort(0).values, torch.full((1, scores.shape[1]), torch.inf)])
+    ranks = torch.stack(
+        [
+            torch.searchsorted(column.contiguous(), values.contiguous())
+            for column, values in zip(ordered.T, path.T, strict=True)
+        ],
+        1,
+    ).double()
+    steps = torch.arange(_BETWEEN)[:, None, None] / _BETWEEN
+    between = (ranks[:-1] * (1 - steps) + ranks[1:] * steps).reshape(-1, scores.shape[1])
+    settings = ordered.gather(0, torch.cat([between, ranks[-1:]]).round().long()).unique(dim=0)
     return settings[~settings.isinf().all(1)]
 
 

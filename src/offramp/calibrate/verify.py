@@ -7,16 +7,24 @@ its risk under any setting is known exactly, and a violation needs no second jud
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import binom
 
 from offramp.calibrate.bounds import PValue
-from offramp.calibrate.certify import CONFORMAL, Goal, certify, split
+from offramp.calibrate.certify import (
+    CONFORMAL,
+    Found,
+    Goal,
+    Indices,
+    Parts,
+    certify,
+    split,
+)
 from offramp.calibrate.replays import Replays
-from offramp.calibrate.settings import Price
+from offramp.calibrate.settings import Price, costs
 
 _NOISE = 0.01
 """How improbable a number of violations must be, were the certificate right, to be called wrong."""
@@ -46,16 +54,19 @@ class Verification:
         return self.violations <= self.allowed
 
 
+Try = tuple[Goal, PValue | None]
+"""A goal, and perhaps a bound in place of its own: a broken one should be caught."""
+
+
 def verify(
     replays: Replays,
-    goal: Goal,
+    tries: Sequence[Try],
     price: Price,
     *,
     repeats: int = 200,
     seed: int = 0,
-    bound: PValue | None = None,
     progress: Iterable[int] | None = None,
-) -> Verification:
+) -> list[Verification]:
     """Repeat splitting, ordering and testing, and compare with what is known of the population.
 
     By conformal risk control a violation is not an event but a mean: ``violations`` still counts
@@ -63,34 +74,57 @@ def verify(
 
     Args:
         replays: what all settings do to all sequences.
-        goal: what each repeat certifies.
+        tries: what each repeat certifies, all on the same draws.
         price: predicts costs.
         repeats: how many draws, and how many plain splits.
         seed: where the draws start.
-        bound: in place of the goal's own: a broken one should be caught.
         progress: ``range(repeats)``, perhaps under a bar.
     """
-    count, losses = len(replays.rows), replays.losses[goal.risk]
+    count = len(replays.rows)
     random = np.random.default_rng(seed)
-    risks, prices, above = [], [], 0
+    drawn: list[list[Found]] = [[] for _ in tries]
+    above = [0] * len(tries)
     for repeat in progress or range(repeats):
-        drawn = random.integers(count, size=count)
+        some = random.integers(count, size=count)
         parts = split(count, seed + repeat)
-        order, test = (drawn[part] for part in (parts.order, parts.test))
-        found = certify(replays, order, test, goal, price, bound=bound)
-        if found is not None:
-            risks.append(float(losses[found.setting].mean()))
-            prices.append(found.cost)
-        plain = certify(replays, parts.order, parts.test, goal, price, bound=bound)
-        if plain is not None:
-            above += bool(losses[plain.setting][parts.held_out].mean() > goal.alpha)
+        draw, plain = (_Sample(replays, ids, parts, price) for ids in (some, np.arange(count)))
+        for i, (goal, bound) in enumerate(tries):
+            drawn[i] += draw.certified(goal, bound)
+            for found in plain.certified(goal, bound):
+                losses = replays.losses[goal.risk][found.setting][parts.held_out]
+                above[i] += bool(losses.mean() > goal.alpha)
+    return [
+        _counted(replays, goal, found, repeats, split_above)
+        for (goal, _), found, split_above in zip(tries, drawn, above, strict=True)
+    ]
+
+
+class _Sample:
+    """Sequences drawn for one repeat, in their parts."""
+
+    def __init__(self, replays: Replays, ids: Indices, parts: Parts, price: Price) -> None:
+        self.replays = replays
+        self.order, self.test = ids[parts.order], ids[parts.test]
+        self.cost = costs(replays, self.order, price)
+
+    def certified(self, goal: Goal, bound: PValue | None) -> list[Found]:
+        """Return what is certified: one setting or none."""
+        found = certify(self.replays, self.cost, self.order, self.test, goal, bound)
+        return [] if found is None else [found]
+
+
+def _counted(
+    replays: Replays, goal: Goal, found: Sequence[Found], repeats: int, above: int
+) -> Verification:
+    risks = [float(replays.losses[goal.risk][one.setting].mean()) for one in found]
+    count = max(len(found), 1)
     return Verification(
         repeats=repeats,
-        certified=len(risks),
+        certified=len(found),
         violations=sum(risk > goal.alpha for risk in risks),
         allowed=repeats if goal.method == CONFORMAL else noise(repeats, goal.delta),
-        mean_risk=math.fsum(risks) / max(len(risks), 1),
-        mean_cost=math.fsum(prices) / len(prices) if prices else 1.0,
+        mean_risk=math.fsum(risks) / count,
+        mean_cost=math.fsum(one.cost for one in found) / count if found else 1.0,
         held_out_above=above,
     )
 

@@ -275,8 +275,10 @@ def _must_pay(found: Calibration) -> None:
 def _drift(model: Model, trace: Trace, found: Calibration, batch_size: int) -> Drift | None:
     """Measure what the policy's own text loses on the held-out prompts, under a progress bar."""
     from offramp.calibrate.drift import measure, prompts_of
+    from offramp.calibrate.risks import RISKS
 
-    if found.way.check.kind == "gate":  # a recorded trace has no column of a gate's scores
+    # A recorded trace has no column of a gate's scores; and see ``on_own_text``.
+    if found.way.check.kind == "gate" or not RISKS[found.goal.risk].on_own_text:
         return None
     held_out = found.parts.held_out
     from tqdm import tqdm
