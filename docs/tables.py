@@ -224,6 +224,39 @@ def _share(row: dict[str, Any]) -> str:
     return f"{row['recovered']:.0%} ({low:.0%} to {high:.0%})"
 
 
+def certificates(record: dict[str, Any]) -> str:
+    """Return how often certificates were violated, risk by risk and bound by bound."""
+    lines = [
+        "| risk | alpha | bound | certified | violations (allowed) | mean risk | mean cost "
+        "| held-out above alpha |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        caught = "" if row["holds"] else " **caught**"
+        allowed = "mean" if row["delta"] is None else f"{row['allowed']}"
+        lines.append(
+            f"| {row['risk']} | {row['alpha']:g} | {row['bound']} | {row['certified']} "
+            f"| {row['violations']} ({allowed}){caught} | {row['mean_risk']:.3f} "
+            f"| {row['mean_cost']:.2f} | {row['held_out_above']} |"
+        )
+    one, drift = record["calibration"], record["drift"]
+    agreement = ", ".join(f"{share:.0%} at {depth}" for depth, share in record["agreement"].items())
+    said = (
+        "no setting was certified for drift to be measured"
+        if drift is None
+        else f"drift of a plan for disagreement at most 0.15, on {drift['n']} held-out prompts: "
+        f"{drift['full_text']:.3f} on the full model's text, {drift['own_text']:.3f} on its own"
+    )
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, {record['weights']}, {record['sequences']} sequences of "
+        f"{record['tokens'] / record['sequences']:.0f} tokens on average, agreement {agreement}; "
+        f"{record['rows'][0]['repeats']} draws and as many plain splits for each row, delta 0.1. "
+        f"Calibrating over {one.get('settings', 'all')} settings took {one['seconds']:.1f} s, "
+        f"{record['share_of_pass']:.2f} of the {record['pass_seconds']:.0f} s of the pass; {said}. "
+        f"Written by `{record['command']}`."
+    )
+
+
 def _spread(cell: list[float], digits: int) -> str:
     low, middle, high = cell
     return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
@@ -231,6 +264,10 @@ def _spread(cell: list[float], digits: int) -> str:
 
 TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "README.md": {"bench": bench, "costs": costs},
+    "docs/calibration.md": {
+        "certificates": certificates,
+        "certificates_stories": certificates,
+    },
     "docs/clock.md": {"clock": clock},
     "docs/tuning.md": {"train_speed": train_speed},
     "docs/oracle.md": {"oracle": oracle},

@@ -31,12 +31,12 @@ ORDER = [
     ("trace",),
     ("gate",),
     ("router", "route"),
-    ("plan", "card"),
+    ("plan", "card", "certificate"),
     ("inspection", "text"),
     ("hf",),
     ("fast",),
     ("model",),
-    ("bench", "tune", "allocate"),
+    ("bench", "tune", "allocate", "calibrate"),
     ("cli",),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -13,6 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from offramp.calibrate.drift import Monitor
+    from offramp.certificate import Certificate
     from offramp.checks import GateFile, LowRank, Shortlist, Tokens
     from offramp.errors import OfframpError, UnsupportedModelError, UsageError
     from offramp.gate import fit_gate
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "calibrate.drift": ("Monitor",),
+    "certificate": ("Certificate",),
     "checks": ("GateFile", "LowRank", "Shortlist", "Tokens"),
     "errors": ("OfframpError", "UnsupportedModelError", "UsageError"),
     "gate": ("fit_gate",),
@@ -36,11 +40,13 @@ _HOMES = {
 }
 
 __all__ = [
+    "Certificate",
     "Exit",
     "Full",
     "GateFile",
     "LowRank",
     "Model",
+    "Monitor",
     "OfframpError",
     "Output",
     "Path",

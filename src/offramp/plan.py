@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from offramp.backbone import Backbone, Shape
+from offramp.certificate import Certificate, check_whole, checksum
 from offramp.checks import FULL_HEAD, Check, FullHead, GateFile, Head
 from offramp.decode import MAX_WAITING, Way, decode
 from offramp.errors import UsageError
@@ -204,6 +205,8 @@ class Plan(Record):
     model: ModelId | None = None
     """The model it was made for; None for a plan made by hand, which fits where its layers do."""
     run: Annotated[Run, Field(discriminator="kind")] = Full()
+    certificate: Certificate | None = None
+    """What ``offramp calibrate`` guarantees of it; None for a plan made otherwise."""
 
     @property
     def lossless(self) -> bool:
@@ -214,8 +217,11 @@ class Plan(Record):
         """Refuse a plan that is not for this model.
 
         Raises:
-            UsageError: made for another model, or exits, layers or thresholds it does not have.
+            UsageError: made for another model, or exits, layers or thresholds it does not have; or
+                changed after it was certified.
         """
+        if self.certificate is not None:
+            check_whole(self, self.certificate, backbone.weights)
         if self.model is not None and self.model.fingerprint != backbone.fingerprint:
             raise UsageError(
                 f"this plan was made for {self.model.name} ({self.model.num_layers} layers, "
@@ -223,6 +229,12 @@ class Plan(Record):
                 f"({backbone.shape.num_layers} layers, fingerprint {backbone.fingerprint})"
             )
         self.run.must_fit(backbone)
+
+
+def sealed(plan: Plan, certificate: Certificate) -> Plan:
+    """Return the plan with its certificate, and the checksum over both."""
+    whole = certificate.model_copy(update={"checksum": checksum(plan, certificate)})
+    return plan.model_copy(update={"certificate": whole})
 
 
 def check_of(plan: Plan) -> Check:
@@ -252,8 +264,12 @@ def read_plan(path: FilePath) -> Plan:
 
     Raises:
         OfframpError: it cannot be read or is no plan; the first thing wrong is named.
+        UsageError: it was changed after it was certified.
     """
-    return read_record(path, Plan, "plan")
+    plan = read_record(path, Plan, "plan")
+    if plan.certificate is not None:
+        check_whole(plan, plan.certificate)
+    return plan
 
 
 def write_plan(path: FilePath, plan: Plan) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from offramp.backbone import Backbone
-    from offramp.model import Result, Stream
-    from offramp.plan import Run
+    from offramp.model import Model, Result, Stream
+    from offramp.plan import Plan, Run
+    from offramp.sample import Sampling
 
 
 def generate(
@@ -43,6 +44,14 @@ def generate(
     seed: Annotated[int, typer.Option(help="Where sampling starts; prompt i uses SEED + i.")] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")
+    ] = None,
+    audit: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Re-check this share of a certified plan's answers at full depth; alarm if its "
+            "risk is above alpha.",
+        ),
     ] = None,
     raw: o.Raw = False,
     batch_size: o.BatchSize = 8,
@@ -78,6 +87,7 @@ def generate(
         check=check,
         kv=kv,
     )
+    _may_audit(chosen, audit, sampling)
     from rich.console import Console
 
     from offramp.cli.output import environment, figures_table, finish
@@ -106,6 +116,7 @@ def generate(
     figures = result.figures.as_dict()
     if not json:
         figures_table(figures, Console(stderr=True))
+    audited = None if audit is None else _audited(loaded, result, chosen, audit, raw=raw)
     record = {
         "model": loaded.name,
         "plan": chosen.model_dump(mode="json"),
@@ -114,9 +125,45 @@ def generate(
         "weights": loaded.backbone.weights,
         **environment(),
         **figures,
+        "audit": audited,
         "outputs": [dataclasses.asdict(output) for output in result.outputs],
     }
     finish(record, as_json=json, out=out)
+
+
+def _may_audit(plan: Plan, share: float | None, sampling: Sampling) -> None:
+    """Refuse an audit before a model is loaded for it."""
+    if share is None:
+        return
+    from offramp.calibrate.audit import audited
+
+    audited(plan, share)
+    if sampling.temperature > 0 or sampling.repetition_penalty != 1:
+        raise UsageError("--audit compares with the full model's greedy choice: sample nothing")
+
+
+def _audited(
+    model: Model, result: Result, plan: Plan, share: float, *, raw: bool
+) -> dict[str, Any]:
+    """Re-check some answers, say on stderr what came of it, and return that for JSON."""
+    from tqdm import tqdm
+
+    from offramp.calibrate.audit import audit
+    from offramp.text import encode
+
+    texts = []
+    for output in result.outputs:
+        prompt = encode(model.tokenizer, output.prompt, raw=raw)
+        texts.append((prompt + output.token_ids, len(prompt)))
+    with tqdm(texts, desc="audit", unit="answer", leave=False) as bar:
+        monitor = audit(model.backbone, bar, plan, share)
+    print(
+        f"offramp: {'ALARM: the risk is above' if monitor.alarm else 'no alarm: the risk may be'} "
+        f"{monitor.alpha:g}{'' if monitor.alarm else ' or less'}, as it was certified; "
+        f"{monitor.seen} answers re-checked, mean loss {monitor.rate:.4f}",
+        file=sys.stderr,
+    )
+    return {"share": share, "seen": monitor.seen, "rate": monitor.rate, "alarm": monitor.alarm}
 
 
 def _warn(run: Run, backbone: Backbone) -> None:

@@ -1,0 +1,256 @@
+r"""Do certificates hold on a real trace? Counts violations for every risk and bound.
+
+    PYTHONPATH=. python experiments/certificates.py smol --prompts all_730.jsonl \
+        --trace smol.safetensors --out results/certificates.json
+    PYTHONPATH=. python experiments/certificates.py stories --trace stories.safetensors \
+        --out results/certificates_stories.json
+
+The model writes greedily, and one pass over that text is the trace: SmolLM2-135M on the 512
+shortest prompts, or the 260K-parameter story model on 640 first sentences. TRACE is where it is
+kept (with what it took, as JSON beside it); a second run begins with it. Then:
+
+* the 200 draws of ``offramp calibrate --verify``, for every risk and bound, at two alphas each;
+* the same with two broken bounds: the mean taken at its word, and Hoeffding-Bentkus as if the
+  tokens of a sequence were independent;
+* what calibration takes, replaying all settings, against the pass that made the trace;
+* drift: what the certified policy's own text loses, on the held-out prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import offramp
+from offramp.calibrate.bounds import BOUNDS, Floats, PValue, hoeffding_bentkus
+from offramp.calibrate.certify import CONFORMAL, CannotCertifyError, Goal
+from offramp.calibrate.drift import measure, prompts_of, write
+from offramp.calibrate.replays import Replays
+from offramp.calibrate.risks import RISKS
+from offramp.calibrate.run import (
+    Calibration,
+    Way,
+    calibrate,
+    candidates,
+    counted,
+    pricing,
+    replay_settings,
+)
+from offramp.calibrate.settings import Price
+from offramp.calibrate.verify import verify
+from offramp.checks import Shortlist
+from offramp.cli.output import environment, finish
+from offramp.cli.tracing import traced
+from offramp.fast.open import open_fast
+from offramp.files import write_text
+from offramp.hf.open import open_model
+from offramp.plan import Exit
+from offramp.text import encode, read_prompts
+from offramp.trace import Trace, load_trace
+
+DELTA = 0.1
+_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its texts, how tokens may leave, and the alphas that are certified."""
+
+    model: offramp.Model
+    prompts: list[list[int]]
+    way: Way
+    alphas: dict[str, tuple[float, float]]
+
+
+def smol(args: argparse.Namespace) -> Subject:
+    """Return the default model, untuned, with a shortlist for its checks."""
+    model = offramp.load(backbone="fast", weights="int4")
+    prompts = sorted(read_prompts(args.prompts), key=lambda prompt: len(str(prompt)))[:512]
+    ids = [encode(model.tokenizer, prompt, raw=True) for prompt in prompts]
+    return Subject(
+        model,
+        ids,
+        Way((24, 26, 28), check=Shortlist(size=4096)),
+        {
+            "disagreement": (0.05, 0.15),
+            "divergence": (0.2, 0.5),
+            "loss": (0.05, 0.2),
+            "error": (0.2, 0.5),
+        },
+    )
+
+
+def stories(args: argparse.Namespace) -> Subject:
+    """Return the story model on first sentences, all different."""
+    from tests.stories import load_stories
+
+    network, tokenizer = load_stories()
+    model = offramp.Model(open_fast(open_model(network)), tokenizer, "stories260K", frozenset({1}))
+    words = (
+        ("Once upon a time,", "One day,", "In the park,", "Last night,"),
+        ("a little", "a big", "an old", "a happy", "a sad", "a red", "a shy", "a brave"),
+        ("girl", "boy", "dog", "cat", "bird", "bear", "frog", "tree", "car", "fish"),
+        ("saw", "was"),
+    )
+    sentences = [" ".join(parts) for parts in itertools.product(*words)]
+    return Subject(
+        model,
+        [tokenizer.encode(sentence) for sentence in sentences],
+        Way((2, 3, 4)),
+        {
+            "disagreement": (0.05, 0.15),
+            "divergence": (0.2, 0.5),
+            "loss": (0.05, 0.2),
+            "error": (0.2, 0.5),
+        },
+    )
+
+
+def plug_in(losses: Floats, alpha: float) -> Floats:
+    """Broken: takes the mean of the sample for the risk."""
+    p: Floats = (losses.mean(-1) > alpha).astype(float)
+    return p
+
+
+def tokens_apart(losses: Floats, alpha: float) -> Floats:
+    """Broken: counts every token of a sequence as if it were drawn by itself."""
+    return hoeffding_bentkus(np.repeat(losses, _TOKENS, -1), alpha)
+
+
+BROKEN = {"mean at its word": plug_in, "tokens as if independent": tokens_apart}
+
+
+def recorded(subject: Subject, path: Path) -> tuple[Trace, Any]:
+    """Return the trace and what it took; made once, and kept."""
+    kept = path.with_suffix(".json")
+    if not path.is_file():
+        start = time.perf_counter()
+        asked = [(ids, _TOKENS) for ids in subject.prompts]
+        full = Exit(signal="max_prob", thresholds={})
+        texts = write(subject.model.backbone, asked, full, eos=subject.model.eos, batch_size=16)
+        middle = time.perf_counter()
+        traced(subject.model, texts, subject.way.exits, check=subject.way.check).save(path)
+        end = time.perf_counter()
+        took = {"answers_seconds": middle - start, "pass_seconds": end - middle}
+        write_text(kept, json.dumps(took) + "\n")
+    return counted(load_trace(path)), json.loads(kept.read_text(encoding="utf-8"))
+
+
+def rows(
+    replays: Replays, alphas: dict[str, tuple[float, float]], price: Price, repeats: int
+) -> list[dict[str, Any]]:
+    """Return a row for each risk, alpha and bound; the broken bounds last."""
+    tries: list[tuple[str, Goal, PValue | None]] = [
+        (method, Goal(risk, alpha, DELTA, method), None)
+        for risk, levels in alphas.items()
+        for alpha in levels
+        for method in (*BOUNDS, CONFORMAL)
+        if method != "binomial" or RISKS[risk].binary
+    ]
+    tries += [
+        (name, Goal(risk, levels[1], DELTA), bound)
+        for risk, levels in alphas.items()
+        for name, bound in BROKEN.items()
+    ]
+    bar = tqdm(range(repeats), desc="verify")
+    asked = [(goal, bound) for _, goal, bound in tries]
+    done = verify(replays, asked, price, repeats=repeats, progress=bar)
+    return [
+        {
+            "risk": goal.risk,
+            "alpha": goal.alpha,
+            "delta": None if goal.method == CONFORMAL else goal.delta,
+            "bound": name,
+            "broken": bound is not None,
+            **dataclasses.asdict(one),
+            "holds": one.holds,
+        }
+        for (name, goal, bound), one in zip(tries, done, strict=True)
+    ]
+
+
+def certified(trace: Trace, way: Way, price: Price) -> tuple[Calibration | None, dict[str, Any]]:
+    """Return one calibration as the command line does it, and how long it took."""
+    start = time.perf_counter()
+    try:
+        found = calibrate(trace, way, Goal("disagreement", 0.15, DELTA), price)
+    except CannotCertifyError as error:
+        return None, {"said": str(error), "seconds": time.perf_counter() - start}
+    return found, {
+        "seconds": time.perf_counter() - start,
+        "settings": found.tried,
+        "thresholds": {str(depth): value for depth, value in found.run.thresholds.items()},
+        "tested": len(found.parts.test),
+        **dataclasses.asdict(found.found),
+        "held_out": found.held_out.model_dump(),
+    }
+
+
+def drifted(subject: Subject, trace: Trace, found: Calibration | None) -> dict[str, Any] | None:
+    """Return what the certified policy's own text loses, beside the full model's text."""
+    if found is None:
+        return None
+    held = found.parts.held_out
+    full = found.replays.losses[found.goal.risk][found.found.setting][held]
+    made = measure(
+        subject.model.backbone,
+        prompts_of(trace, held.tolist()),
+        full,
+        found.run,
+        found.goal.risk,
+        eos=subject.model.eos,
+    )
+    return {**made.model_dump(), "gap": made.gap}
+
+
+def main() -> None:
+    """Record, or read; verify; write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("subject", choices=["smol", "stories"])
+    parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--trace", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    subject = smol(args) if args.subject == "smol" else stories(args)
+    model, way = subject.model, subject.way
+    trace, took = recorded(subject, args.trace)
+    price = pricing(model.backbone.shape, way, trace, None)
+    found, one = certified(trace, way, price)
+    worth = [candidates(trace, way, risk, price)[1] for risk in RISKS]
+    replays = replay_settings(trace, way, torch.cat(worth).unique(dim=0))
+    agreement = trace.agrees.float().mean(0).tolist()
+    record = {
+        "model": model.name,
+        "backbone": model.backbone.name,
+        "weights": model.backbone.weights,
+        **environment(),
+        "command": shlex.join(["python", *sys.argv]),
+        "sequences": len(trace.rows),
+        "tokens": len(trace.chosen),
+        "exits": way.exits,
+        "check": str(way.check),
+        "agreement": dict(zip(map(str, trace.exits), agreement, strict=True)),
+        **took,
+        "calibration": one,
+        "share_of_pass": one["seconds"] / took["pass_seconds"],
+        "drift": drifted(subject, trace, found),
+        "rows": rows(replays, subject.alphas, price, args.repeats),
+    }
+    finish(record, as_json=False, out=args.out)
+
+
+if __name__ == "__main__":
+    main()

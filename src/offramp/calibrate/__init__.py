@@ -1,0 +1,1 @@
+"""Certified calibration: exit thresholds with a stated risk, confidence and sample size."""

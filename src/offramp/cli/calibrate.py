@@ -1,0 +1,354 @@
+"""``offramp calibrate``: exit thresholds with a certificate, or how much more text it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offramp.cli import options as o
+from offramp.cli.tracing import own_answers, traced
+from offramp.errors import OfframpError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from offramp.calibrate.certify import Goal
+    from offramp.calibrate.run import Calibration, Way
+    from offramp.calibrate.settings import Price
+    from offramp.calibrate.verify import Verification
+    from offramp.card import Card
+    from offramp.certificate import Drift
+    from offramp.model import Model
+    from offramp.plan import Plan
+    from offramp.text import Prompt
+    from offramp.trace import Trace
+
+
+class RiskName(StrEnum):
+    """What is certified."""
+
+    disagreement = "disagreement"
+    divergence = "divergence"
+    loss = "loss"
+    error = "error"
+
+
+class Method(StrEnum):
+    """By which bound."""
+
+    hoeffding_bentkus = "hoeffding-bentkus"
+    binomial = "binomial"
+    betting = "betting"
+    conformal = "conformal"
+
+
+def calibrate(
+    model: o.ModelName = None,
+    prompts: o.PromptFile = None,
+    limit: o.Limit = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="A trace that 'offramp trace --out' wrote; no --prompts.")
+    ] = None,
+    risk: Annotated[
+        RiskName,
+        typer.Option(
+            help="Per sequence: share of tokens that differ from the last layer's, whether any "
+            "does, nats per token lost, or whether the given answer is missed."
+        ),
+    ] = RiskName.disagreement,
+    alpha: Annotated[float, typer.Option(help="The risk allowed, in (0, 1).")] = 0.1,
+    delta: Annotated[
+        float, typer.Option(help="How improbable a risk above alpha shall be, in (0, 1).")
+    ] = 0.1,
+    method: Annotated[
+        Method, typer.Option(help="The bound; conformal bounds the expected risk, without delta.")
+    ] = Method.hoeffding_bentkus,
+    signal: Annotated[str, typer.Option(help="What a token's threshold is on.")] = "max_prob",
+    exits: Annotated[
+        str | None,
+        typer.Option(metavar="DEPTH,...", help="Up to 6 exits; the trace's or the tuned model's."),
+    ] = None,
+    check: o.CheckText = None,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Tokens of a text that may wait for the deeper layers.")
+    ] = 16,
+    exit_prompt: Annotated[
+        bool, typer.Option("--exit-prompt", help="The prompt may leave, too: one-token answers.")
+    ] = False,
+    max_new_tokens: o.MaxNewTokens = 32,
+    drift: Annotated[
+        bool, typer.Option(help="Measure what the policy's own text loses, on held-out prompts.")
+    ] = True,
+    verify: Annotated[
+        int, typer.Option(min=0, help="Repeat the whole procedure N times, count violations.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split into parts.")] = 0,
+    raw: o.Raw = False,
+    batch_size: o.BatchSize = 8,
+    backbone: o.BackboneOption = o.BackboneName.auto,
+    weights: o.WeightFormat = o.Weights.fp32,
+    device: o.DeviceName = "cpu",
+    trust_remote_code: o.Remote = False,
+    json: o.Json = False,
+    out: Annotated[Path | None, typer.Option(help="Where the plan goes (plan.json).")] = None,
+) -> None:
+    """Choose thresholds for all exits jointly, and certify what leaving there risks.
+
+    The model answers the prompts greedily at full depth; one trace of that text judges more than a
+    thousand joint settings. The plan is the cheapest whose risk is at most alpha, unless something
+    happened in the draw of the text that has at most probability delta. Sequences are the unit.
+    'cannot certify' ends with status 1 and says how many more sequences would be needed.
+
+    [bold]offramp calibrate --prompts mine.jsonl --exits 24,27 --alpha 0.1 --out plan.json[/bold]
+    """
+    wanted = _given(prompts, trace, limit)
+    depths = o.parse_depths(exits)
+    _must_be_installed()
+    from rich.console import Console
+
+    from offramp.calibrate.certify import Goal, must_be_enough
+    from offramp.calibrate.run import Way, calibrate, counted, exits_of, pricing
+    from offramp.checks import parse_check
+    from offramp.cli.output import environment, finish
+    from offramp.model import load
+    from offramp.plan import write_plan
+    from offramp.timing import known
+
+    goal = Goal(risk.value, alpha, delta, method.value)
+    looked_at = parse_check(check or "full")
+    if wanted:
+        must_be_enough(len(wanted), goal)
+    loaded = load(
+        model,
+        backbone=backbone.value,
+        weights=weights.value,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    if trace is None:
+        depths = depths or (loaded.card.exits if loaded.card else None)
+        if depths is None:
+            raise UsageError("name the exits to set with --exits; 'offramp inspect' suggests some")
+        texts = own_answers(
+            loaded, wanted, raw=raw, max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
+        hidden = looked_at.kind == "gate"
+        recorded = traced(loaded, texts, depths, keep_hidden=hidden, check=looked_at)
+    else:
+        recorded = _read(trace, loaded)
+    recorded = counted(recorded)
+    data = _hashes(prompts, recorded)
+    _warn(data, loaded.card)
+    way = Way(exits_of(recorded, depths), signal, looked_at, max_waiting, exit_prompt)
+    constants = known(loaded.backbone)
+    price = pricing(loaded.backbone.shape, way, recorded, constants)
+    with _bar("settings") as told:
+        found = calibrate(recorded, way, goal, price, seed=seed, progress=told)
+    checked = _verified(recorded, way, goal, price, verify, seed) if verify else None
+    _must_pay(found)
+    plan = found.plan(
+        loaded.id,
+        weights=loaded.backbone.weights,
+        data=data,
+        seed=seed,
+        measured=constants is not None,
+        drift=_drift(loaded, recorded, found, batch_size) if drift else None,
+    )
+    if out is not None:
+        write_plan(out, plan)
+    if not json:
+        _show(plan, found, checked, out, Console(highlight=False))
+    record = {
+        "model": loaded.name,
+        "plan": plan.model_dump(mode="json"),
+        "seed": seed,
+        "backbone": loaded.backbone.name,
+        "weights": loaded.backbone.weights,
+        **environment(),
+        "sequences": len(recorded.rows),
+        "tokens": len(recorded.chosen),
+        "tested_risk": found.found.risk,
+        "certified_settings": found.found.tested,
+        "verification": None if checked is None else dataclasses.asdict(checked),
+    }
+    finish(record, as_json=json, out=None)
+
+
+def _given(prompts: Path | None, trace: Path | None, limit: int | None) -> list[Prompt]:
+    if (prompts is None) == (trace is None):
+        raise UsageError("give the text to calibrate on: --prompts FILE, or --trace FILE")
+    return o.read_prompt_options(None, prompts, limit)
+
+
+def _must_be_installed() -> None:
+    if find_spec("scipy") is None:
+        raise OfframpError("calibration needs scipy: pip install 'offramp[calibrate]'")
+
+
+def _read(path: Path, model: Model) -> Trace:
+    """Return a trace from a file, if it is of this model."""
+    from offramp.trace import load_trace
+
+    trace = load_trace(path)
+    if trace.fingerprint != model.backbone.fingerprint:
+        raise UsageError(
+            f"{path} is a trace of another model (fingerprint {trace.fingerprint}, this one has "
+            f"{model.backbone.fingerprint}); record it again with 'offramp trace --out'"
+        )
+    return trace
+
+
+def _hashes(prompts: Path | None, trace: Trace) -> dict[str, str]:
+    """Return the SHA-256 of the texts, and of the file that the prompts came from."""
+    from offramp.calibrate.run import text_hash
+
+    hashes = {"texts": text_hash(trace)}
+    if prompts is not None:
+        hashes[prompts.name] = hashlib.sha256(prompts.read_bytes()).hexdigest()
+    return hashes
+
+
+def _warn(data: dict[str, str], card: Card | None) -> None:
+    """Say loudly on stderr that the model was tuned on the very text it is calibrated on."""
+    from offramp.calibrate.run import overlaps
+
+    seen = overlaps(data, card.data.files) if card is not None and card.data is not None else []
+    if seen:
+        print(
+            f"offramp: WARNING: this model was tuned on {', '.join(seen)}, the very text it is "
+            "calibrated on: its exits know that text, so the certificate will NOT hold for other "
+            "text; calibrate on text that was kept apart",
+            file=sys.stderr,
+        )
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Callable[[int, int], object]]:
+    """Give a function that shows (done, of all) as a bar; none before it is called."""
+    from tqdm import tqdm
+
+    bars: list[Any] = []
+
+    def told(done: int, count: int) -> None:
+        if not bars:
+            bars.append(tqdm(total=count, desc=name, unit="setting", leave=False))
+        bars[0].update(done - bars[0].n)
+
+    try:
+        yield told
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+def _verified(
+    trace: Trace, way: Way, goal: Goal, price: Price, repeats: int, seed: int
+) -> Verification:
+    from tqdm import tqdm
+
+    from offramp.calibrate.run import verification
+
+    with tqdm(range(repeats), desc="verify", unit="draw", leave=False) as bar:
+        return verification(trace, way, goal, price, repeats=repeats, seed=seed, progress=bar)
+
+
+def _must_pay(found: Calibration) -> None:
+    """Full depth has no risk: a plan that is predicted to take as long is none."""
+    if found.found.cost >= 1:
+        goal = found.goal
+        raise OfframpError(
+            f"cannot certify a plan that pays: the cheapest found with {goal.risk} at most "
+            f"{goal.alpha} is predicted to cost {found.found.cost:.0%} of full depth; a cheaper "
+            "check, other exits or a tuned model would change that"
+        )
+
+
+def _drift(model: Model, trace: Trace, found: Calibration, batch_size: int) -> Drift | None:
+    """Measure what the policy's own text loses on the held-out prompts, under a progress bar."""
+    from offramp.calibrate.drift import measure, prompts_of
+    from offramp.calibrate.risks import RISKS
+
+    # A recorded trace has no column of a gate's scores; and see ``on_own_text``.
+    if found.way.check.kind == "gate" or not RISKS[found.goal.risk].on_own_text:
+        return None
+    held_out = found.parts.held_out
+    from tqdm import tqdm
+
+    with tqdm(total=len(held_out), desc="drift", unit="prompt", leave=False) as bar:
+        return measure(
+            model.backbone,
+            prompts_of(trace, held_out.tolist()),
+            found.replays.losses[found.goal.risk][found.found.setting][held_out],
+            found.run,
+            found.goal.risk,
+            eos=model.eos,
+            batch_size=batch_size,
+            progress=bar.update,
+        )
+
+
+def _show(
+    plan: Plan,
+    found: Calibration,
+    checked: Verification | None,
+    out: Path | None,
+    console: Console,
+) -> None:
+    from offramp.calibrate.risks import RISKS
+    from offramp.cli.output import table
+
+    made = plan.certificate
+    assert made is not None
+    drift = made.drift
+    pairs = ", ".join(f"{depth}: {value:.4g}" for depth, value in found.run.thresholds.items())
+    bound = "bound on the mean" if made.delta is None else "p-value"
+    rows = [
+        ("risk", f"{made.risk}"),
+        ("alpha", f"{made.alpha:g}"),
+        ("delta", "none" if made.delta is None else f"{made.delta:g}"),
+        ("method", made.method),
+        ("settings replayed", f"{made.settings}"),
+        (f"thresholds on {found.run.signal}", pairs),
+        ("sequences tested", f"{made.n}"),
+        ("risk on them", f"{found.found.risk:.4f}"),
+        (bound, f"{made.value:.4g}"),
+        ("predicted time" if made.measured else "predicted weights read", f"{made.cost:.1%}"),
+        (f"risk on {made.held_out.n} held out", f"{made.held_out.risk:.4f}"),
+        *_drift_rows(drift),
+    ]
+    table("certificate", ("", ""), rows, console)
+    console.print(f"{made.risk}: {RISKS[made.risk].says}.")
+    if made.held_out.risk > made.alpha:
+        console.print("The held-out risk is above alpha: be wary of this certificate.")
+    if checked is not None:
+        console.print(_said(checked))
+    if out is not None:
+        console.print(f"Written to {out}.")
+
+
+def _drift_rows(drift: Drift | None) -> list[tuple[str, str]]:
+    if drift is None:
+        return [("drift", "not measured")]
+    return [
+        (f"risk on the policy's own text ({drift.n})", f"{drift.own_text:.4f}"),
+        ("drift against the full model's text", f"{drift.gap:+.4f}"),
+    ]
+
+
+def _said(checked: Verification) -> str:
+    """Say what the repeats showed."""
+    verdict = "as good as they say" if checked.holds else "NOT as good as they say"
+    return (
+        f"Verified on {checked.repeats} draws: {checked.certified} certified, {checked.violations} "
+        f"violated alpha (up to {checked.allowed} are chance): certificates are {verdict}. Mean "
+        f"risk {checked.mean_risk:.4f}, mean cost {checked.mean_cost:.1%}."
+    )
