@@ -54,7 +54,7 @@ runs: dict[str, st.SearchStrategy[Any]] = {
         head=heads,
     ),
     "speculate": st.builds(
-        Speculate, draft=paths, tokens=st.integers(-9, 99), min_confidence=numbers
+        Speculate, draft=paths, tokens=st.integers(-9, 99), min_confidence=numbers, head=heads
     ),
     "path": st.builds(
         Path,
@@ -84,7 +84,12 @@ def example(kind: str) -> dict[str, Any]:
             "check": {"kind": "shortlist", "size": 7},
             "head": {"kind": "shortlist", "size": 7},
         },
-        "speculate": {"draft": [0, 1, 3], "tokens": 2, "min_confidence": 0.25},
+        "speculate": {
+            "draft": [0, 1, 3],
+            "tokens": 2,
+            "min_confidence": 0.25,
+            "head": {"kind": "shortlist", "size": 9},
+        },
         "path": {"layers": [0, 2, 5], "head": {"kind": "shortlist", "size": 9}},
     }
     model = {"name": "tiny", "num_layers": LAYERS, "fingerprint": "this one"}
@@ -306,6 +311,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: FilePath) -> None:
         Exit(signal="entropy", thresholds={2: 0.5}, check=LowRank(rank=8)),
         *(Speculate(draft=tuple(range(depth))) for depth in range(1, LAYERS)),
         Speculate(draft=(0, 2, 5), tokens=1, min_confidence=1.0),
+        Speculate(draft=(0,), head=Shortlist(size=9)),
         Path(layers=(0,)),
         Path(layers=(5,)),
         Path(layers=tuple(range(LAYERS))),
@@ -349,6 +355,7 @@ def test_a_plan_that_fits_is_accepted(run: Run) -> None:
         (Speculate(draft=(0, 6)), "not all of the 6"),
         (Speculate(draft=tuple(range(LAYERS))), "not all of the 6"),
         (Speculate(draft=(0,), tokens=0), "1 token or more"),
+        (Speculate(draft=(0,), head=Shortlist(size=10)), "vocabulary of 9"),
         (Speculate(draft=(0,), min_confidence=1.1), "between 0 and 1"),
         (Speculate(draft=(0,), min_confidence=-0.1), "between 0 and 1"),
     ],

@@ -156,23 +156,25 @@ def at_best(run: Run, shape: Shape, constants: Constants) -> float:
             return 1.0
         case Path():
             head = _in_heads(run.head, shape)
-            return path_ratio(shape, len(run.layers), constants, head=1.0 if head is None else head)
+            return path_ratio(shape, len(run.layers), constants, head=head)
         case Exit():
             exits = run.policy.exits
             shares = [1.0] + [0.0] * (len(exits) - 1)
-            check = _in_heads(run.check, shape)
+            check = None if run.check == FULL_HEAD else _in_heads(run.check, shape)
             return exit_ratio(shape, exits, shares, constants, copy=run.kv == "copy", check=check)
         case Speculate():
             ratios = (
-                speculation_ratio(shape, len(run.draft), tokens, 1.0, constants)
+                speculation_ratio(
+                    shape, len(run.draft), tokens, 1.0, constants, head=_in_heads(run.head, shape)
+                )
                 for tokens in range(1, run.tokens + 1)
             )
             return min(ratios)
 
 
-def _in_heads(check: Check, shape: Shape) -> float | None:
-    """Return the price of a cheap check, one readout = 1; None for the full head."""
-    return None if check == FULL_HEAD else check_in_heads(shape, check.weights(shape))
+def _in_heads(check: Check, shape: Shape) -> float:
+    """Return the price of looking through this, one readout of the full head = 1."""
+    return 1.0 if check == FULL_HEAD else check_in_heads(shape, check.weights(shape))
 
 
 def _row(

@@ -98,6 +98,9 @@ class Speculate(Record):
     """The layers the draft runs."""
     tokens: int = 4
     min_confidence: float = 0.0
+    head: Annotated[Head, Field(discriminator="kind")] = FULL_HEAD
+    """What chooses the drafted tokens: where few layers run, reading the whole head is what costs.
+    The full head confirms them, so no token depends on it."""
 
     @property
     def drafter(self) -> Draft:
@@ -105,8 +108,9 @@ class Speculate(Record):
         return Draft(self.draft, self.tokens, self.min_confidence)
 
     def must_fit(self, backbone: Backbone) -> None:
-        """Refuse a draft that a model of this depth cannot make."""
+        """Refuse a draft or a head that this model cannot make."""
         self.drafter.check(backbone.shape.num_layers)
+        self.head.must_fit(backbone.shape)
 
 
 class Path(Record):
@@ -163,11 +167,12 @@ class Plan(Record):
 
 
 def check_of(plan: Plan) -> Check:
-    """Return what reads states in place of the full head: an exit's check, a sub-model's head."""
+    """Return what reads states in place of the full head: an exit's check, or the head of a
+    sub-model or a draft."""
     match plan.run:
         case Exit():
             return plan.run.sees
-        case Path():
+        case Path() | Speculate():
             return plan.run.head
         case _:
             return FULL_HEAD
@@ -202,22 +207,27 @@ def execute(
             return decode(backbone, requests, batch_size=batch_size)
         case Exit():
             requests = list(requests)
-            ends = {token for request in requests for token in request.eos}
             return decode(
                 backbone,
                 requests,
                 run.policy,
                 kv=run.kv,
                 look=run.sees.look(backbone),
-                exit_head=run.head.choose(backbone, ends),
+                exit_head=run.head.choose(backbone, _ends(requests)),
                 max_waiting=run.max_waiting,
                 exit_prompt=run.exit_prompt,
                 batch_size=batch_size,
             )
         case Path():
             requests = list(requests)
-            ends = {token for request in requests for token in request.eos}
-            head = run.head.choose(backbone, ends)
+            head = run.head.choose(backbone, _ends(requests))
             return decode(backbone, requests, layers=run.layers, head=head, batch_size=batch_size)
         case Speculate():
-            return speculate(backbone, requests, run.drafter, batch_size=batch_size)
+            requests = list(requests)
+            head = run.head.choose(backbone, _ends(requests))
+            return speculate(backbone, requests, run.drafter, head=head, batch_size=batch_size)
+
+
+def _ends(requests: Iterable[Request]) -> set[int]:
+    """Return the tokens that end a text: any head must be able to choose them."""
+    return {token for request in requests for token in request.eos}

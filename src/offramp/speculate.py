@@ -16,6 +16,7 @@ from torch import Tensor
 from offramp.backbone import Backbone
 from offramp.errors import UsageError
 from offramp.policy import FULL, Policy, fixed
+from offramp.probe import Readout
 from offramp.request import Pool, Request, Token, Writer
 from offramp.step import step
 
@@ -69,7 +70,12 @@ class Draft:
 
 
 def speculate(
-    backbone: Backbone, requests: Iterable[Request], draft: Draft, *, batch_size: int = 8
+    backbone: Backbone,
+    requests: Iterable[Request],
+    draft: Draft,
+    *,
+    head: Readout | None = None,
+    batch_size: int = 8,
 ) -> Iterator[Token]:
     """Yield the full model's tokens, several per full-depth step where the draft was right.
 
@@ -77,12 +83,14 @@ def speculate(
         backbone: what runs the layers.
         requests: what to continue; read only when there is room for it.
         draft: how to propose tokens.
+        head: what chooses the drafted tokens, the backbone's own head by default; one that is
+            short makes a draft cheaper, and what confirms it is the full head in any case.
         batch_size: texts at once; each drafts and is confirmed at its own pace.
     """
     draft.check(backbone.shape.num_layers)
     for writers in Pool(backbone, requests, batch_size).rounds():
         known = [len(writer.text.ids) for writer in writers]
-        _propose(backbone, [writer for writer in writers if not writer.reading], draft)
+        _propose(backbone, [writer for writer in writers if not writer.reading], draft, head)
         counts = [len(w.text.ids) - n for w, n in zip(writers, known, strict=True)]
         outcome = step(
             backbone,
@@ -100,7 +108,7 @@ def speculate(
                 yield writer.emit(token, backbone.shape.num_layers, accepted=accepted)
 
 
-def _propose(backbone: Backbone, writers: list[Writer], draft: Draft) -> None:
+def _propose(backbone: Backbone, writers: list[Writer], draft: Draft, head: Readout | None) -> None:
     """Append up to ``draft.tokens`` tokens to each text; all of them wait for the full model."""
     known = {id(writer): len(writer.text.ids) for writer in writers}
     drafting = writers
@@ -113,6 +121,7 @@ def _propose(backbone: Backbone, writers: list[Writer], draft: Draft) -> None:
             backbone,
             [writer.text for writer in drafting],
             draft.policy,
+            exit_head=head,
             detour=draft.layers[draft.shared :],
         )
         going = []

@@ -131,8 +131,9 @@ HeadText = Annotated[
     typer.Option(
         "--head",
         metavar="full|shortlist:N|tokens:FILE",
-        help="What chooses tokens with --exit, or those that leave with --threshold; the N lowest "
-        "token ids are the most frequent, a file lists those of a narrow task.",
+        help="What chooses tokens with --exit, those that leave with --threshold, or those that "
+        "--draft proposes; the N lowest token ids are the most frequent, a file lists those of a "
+        "narrow task.",
     ),
 ]
 KeyValues = Annotated[
@@ -189,22 +190,26 @@ def parse_plan(
         raise UsageError(f"{' and '.join(named)} exclude each other")
     if check is not None and threshold is None:
         raise UsageError("--check says what a --threshold looks at; give one")
-    if head is not None and exit_depth is None and threshold is None:
-        raise UsageError("--head says what chooses the tokens of --exit or --threshold; give one")
+    if head is not None and named in ([], ["--plan"]):
+        raise UsageError(
+            "--head says what chooses the tokens of --exit, --threshold or --draft; give one"
+        )
+    chooses = parse_head(head or "full")
     if draft is not None:
         if draft < 1:
             raise UsageError(f"--draft {draft}: a draft runs 1 layer or more")
         layers = tuple(range(draft))
         return Plan(
-            run=Speculate(draft=layers, tokens=draft_tokens, min_confidence=draft_confidence)
+            run=Speculate(
+                draft=layers, tokens=draft_tokens, min_confidence=draft_confidence, head=chooses
+            )
         )
     if exit_depth is not None:
         layers = prefix(exit_depth, max(exit_depth, 1))
-        return Plan(run=SubModel(layers=layers, head=parse_head(head or "full")))
+        return Plan(run=SubModel(layers=layers, head=chooses))
     if threshold is not None:
         signal, values = parse_threshold(threshold)
         looked_at = parse_check(check or "full")
-        chooses = parse_head(head or "full")
         run = Exit(signal=signal, thresholds=values, kv=kv.value, check=looked_at, head=chooses)
         _ = run.policy  # refuses an unknown signal or a value out of range before a model loads
         return Plan(run=run)
