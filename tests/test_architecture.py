@@ -35,7 +35,7 @@ ORDER = [
     ("hf",),
     ("fast",),
     ("model",),
-    ("bench", "tune"),
+    ("bench", "search", "tune"),
     ("cli",),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
