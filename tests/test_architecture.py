@@ -28,6 +28,7 @@ ORDER = [
     ("request",),
     ("decode",),
     ("speculate",),
+    ("control",),
     ("trace",),
     ("gate",),
     ("plan", "card"),

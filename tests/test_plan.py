@@ -21,7 +21,18 @@ from hypothesis import strategies as st
 from offramp.backbone import Backbone
 from offramp.checks import FULL_HEAD, FullHead, GateFile, LowRank, Shortlist, Tokens
 from offramp.errors import OfframpError, UsageError
-from offramp.plan import Exit, Full, ModelId, Path, Plan, Run, Speculate, read_plan, write_plan
+from offramp.plan import (
+    Adapt,
+    Exit,
+    Full,
+    ModelId,
+    Path,
+    Plan,
+    Run,
+    Speculate,
+    read_plan,
+    write_plan,
+)
 from offramp.signals import registry
 
 LAYERS = 6
@@ -56,6 +67,13 @@ runs: dict[str, st.SearchStrategy[Any]] = {
     "speculate": st.builds(
         Speculate, draft=paths, tokens=st.integers(-9, 99), min_confidence=numbers, head=heads
     ),
+    "adapt": st.builds(
+        Adapt,
+        drafts=st.lists(paths, max_size=3).map(tuple),
+        tokens=st.integers(1, 64),
+        min_confidence=numbers,
+        head=heads,
+    ),
     "path": st.builds(
         Path,
         layers=paths,
@@ -68,7 +86,7 @@ model_ids = st.builds(ModelId, name=names, num_layers=st.integers(), fingerprint
 def backbone(fingerprint: str = "this one") -> Backbone:
     """What a plan looks at of a backbone."""
     shape = SimpleNamespace(num_layers=LAYERS, vocab_size=9, hidden_size=8)
-    return cast("Backbone", SimpleNamespace(shape=shape, fingerprint=fingerprint))
+    return cast("Backbone", SimpleNamespace(shape=shape, fingerprint=fingerprint, blocks={}))
 
 
 def example(kind: str) -> dict[str, Any]:
@@ -87,6 +105,12 @@ def example(kind: str) -> dict[str, Any]:
         "speculate": {
             "draft": [0, 1, 3],
             "tokens": 2,
+            "min_confidence": 0.25,
+            "head": {"kind": "shortlist", "size": 9},
+        },
+        "adapt": {
+            "drafts": [[0, 1, 3], [0]],
+            "tokens": 3,
             "min_confidence": 0.25,
             "head": {"kind": "shortlist", "size": 9},
         },
@@ -153,6 +177,7 @@ def test_a_plan_file_holds_its_keys(tmp_path: FilePath, kind: str) -> None:
             Exit(signal="margin", thresholds={3: 0.0}),
         ),
         ('{"run": {"kind": "speculate", "draft": [0]}}', Speculate(draft=(0,))),
+        ('{"run": {"kind": "adapt", "drafts": [[0]]}}', Adapt(drafts=((0,),))),
         ('{"run": {"kind": "path", "layers": [1]}}', Path(layers=(1,))),
     ],
 )
@@ -170,8 +195,8 @@ def test_only_full_depth_and_speculation_are_lossless() -> None:
         Exit(signal="max_prob", thresholds={1: math.nextafter(1, 0)}),
         Path(layers=(0,)),
     ]
-    lossless: list[Run] = [Full(), Speculate(draft=(0,))]
-    expected = [True, True, False, False]
+    lossless: list[Run] = [Full(), Speculate(draft=(0,)), Adapt(drafts=((0,),))]
+    expected = [True, True, True, False, False]
     assert expected == [Plan(run=run).lossless for run in [*lossless, *lossy]]
 
 
@@ -220,6 +245,9 @@ def test_an_unknown_key_is_named(tmp_path: FilePath, kind: str, keys: Keys) -> N
         ("speculate", ["run", "draft", 1], ["1", 1.5, None, True, math.nan]),
         ("speculate", ["run", "tokens"], ["2", 2.5, None, True, math.nan, math.inf]),
         ("speculate", ["run", "min_confidence"], ["0.5", None, True, math.nan, math.inf]),
+        ("adapt", ["run", "drafts"], [None, 2, "01", {"0": 1}]),
+        ("adapt", ["run", "drafts", 0], [None, 2, "01", {"0": 1}]),
+        ("adapt", ["run", "tokens"], ["2", 2.5, None, True, math.nan, math.inf, 0, 65]),
         ("path", ["run", "layers"], [None, 2, "01"]),
         ("path", ["run", "layers", 0], ["0", 0.5, None, False, math.nan]),
         ("path", ["run", "head"], [None, "full", {}, {"kind": "low_rank", "rank": 2}]),
@@ -251,6 +279,7 @@ def test_a_wrong_value_is_named(
         ('{"run": {"kind": "exit", "thresholds": {"1": 1}}}', "run.exit.signal: "),
         ('{"run": {"kind": "exit", "signal": "margin"}}', "run.exit.thresholds: "),
         ('{"run": {"kind": "speculate"}}', "run.speculate.draft: "),
+        ('{"run": {"kind": "adapt"}}', "run.adapt.drafts: "),
         ('{"run": {"kind": "path"}}', "run.path.layers: "),
         ('{"model": {"name": "a", "num_layers": 6}}', "model.fingerprint: "),
     ],
@@ -312,6 +341,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: FilePath) -> None:
         *(Speculate(draft=tuple(range(depth))) for depth in range(1, LAYERS)),
         Speculate(draft=(0, 2, 5), tokens=1, min_confidence=1.0),
         Speculate(draft=(0,), head=Shortlist(size=9)),
+        Adapt(drafts=((0, 2, 5), (0, 1)), tokens=64),
         Path(layers=(0,)),
         Path(layers=(5,)),
         Path(layers=tuple(range(LAYERS))),
@@ -356,6 +386,11 @@ def test_a_plan_that_fits_is_accepted(run: Run) -> None:
         (Speculate(draft=tuple(range(LAYERS))), "not all of the 6"),
         (Speculate(draft=(0,), tokens=0), "1 token or more"),
         (Speculate(draft=(0,), head=Shortlist(size=10)), "vocabulary of 9"),
+        (Adapt(drafts=()), "no draft"),
+        (Adapt(drafts=((0,), (1, 2))), "from layer 0"),
+        (Adapt(drafts=((0,), (0, 6))), "not all of the 6"),
+        (Adapt(drafts=((0,),), min_confidence=1.1), "between 0 and 1"),
+        (Adapt(drafts=((0,),), head=Shortlist(size=10)), "vocabulary of 9"),
         (Speculate(draft=(0,), min_confidence=1.1), "between 0 and 1"),
         (Speculate(draft=(0,), min_confidence=-0.1), "between 0 and 1"),
     ],

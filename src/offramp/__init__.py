@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from offramp.gate import fit_gate
     from offramp.hf.door import custom_generate
     from offramp.model import Model, Output, Piece, Result, load
-    from offramp.plan import Exit, Full, Path, Plan, Speculate, read_plan, write_plan
+    from offramp.plan import Adapt, Exit, Full, Path, Plan, Speculate, read_plan, write_plan
     from offramp.sample import Sampling
     from offramp.trace import Trace, load_trace, record, replay
 
@@ -30,12 +30,13 @@ _HOMES = {
     "gate": ("fit_gate",),
     "hf.door": ("custom_generate",),
     "model": ("Model", "Output", "Piece", "Result", "load"),
-    "plan": ("Exit", "Full", "Path", "Plan", "Speculate", "read_plan", "write_plan"),
+    "plan": ("Adapt", "Exit", "Full", "Path", "Plan", "Speculate", "read_plan", "write_plan"),
     "sample": ("Sampling",),
     "trace": ("Trace", "load_trace", "record", "replay"),
 }
 
 __all__ = [
+    "Adapt",
     "Exit",
     "Full",
     "GateFile",

@@ -14,6 +14,8 @@ from pydantic import Field
 
 from offramp.backbone import Backbone, Shape
 from offramp.checks import FULL_HEAD, Check, FullHead, GateFile, Head
+from offramp.control import check_drafts, controlled
+from offramp.cost import check_in_heads
 from offramp.decode import MAX_WAITING, decode
 from offramp.errors import UsageError
 from offramp.files import write_text
@@ -113,6 +115,30 @@ class Speculate(Record):
         self.head.must_fit(backbone.shape)
 
 
+class Adapt(Record):
+    """Draft or not, with which layers and how far: chosen while decoding. Lossless."""
+
+    kind: Literal["adapt"] = "adapt"
+    drafts: tuple[tuple[int, ...], ...]
+    """What a draft may run: several sets of layers."""
+    tokens: Annotated[int, Field(ge=1, le=64)] = 4
+    """Longest draft; 1, 2, 4 and so on are tried."""
+    min_confidence: float = 0.0
+    head: Annotated[Head, Field(discriminator="kind")] = FULL_HEAD
+    """What chooses the drafted tokens."""
+
+    @property
+    def drafters(self) -> tuple[Draft, ...]:
+        """Return the drafts to choose from."""
+        lengths = sorted({*(2**i for i in range(self.tokens.bit_length())), self.tokens})
+        return tuple(Draft(one, n, self.min_confidence) for one in self.drafts for n in lengths)
+
+    def must_fit(self, backbone: Backbone) -> None:
+        """Refuse drafts or a head that this model cannot make."""
+        check_drafts(backbone, self.drafters)
+        self.head.must_fit(backbone.shape)
+
+
 class Path(Record):
     """Some layers for every token: a sub-model. Lossy."""
 
@@ -127,7 +153,7 @@ class Path(Record):
         self.head.must_fit(backbone.shape)
 
 
-Run = Full | Exit | Speculate | Path
+Run = Full | Exit | Speculate | Adapt | Path
 
 
 class ModelId(Record):
@@ -149,7 +175,7 @@ class Plan(Record):
     @property
     def lossless(self) -> bool:
         """Whether the tokens are the full model's."""
-        return isinstance(self.run, Full | Speculate)
+        return isinstance(self.run, Full | Speculate | Adapt)
 
     def check(self, backbone: Backbone) -> None:
         """Refuse a plan that is not for this model.
@@ -172,10 +198,15 @@ def check_of(plan: Plan) -> Check:
     match plan.run:
         case Exit():
             return plan.run.sees
-        case Path() | Speculate():
+        case Path() | Speculate() | Adapt():
             return plan.run.head
         case _:
             return FULL_HEAD
+
+
+def in_heads(check: Check, shape: Shape) -> float:
+    """Return the price of looking through this, one readout of the full head = 1."""
+    return 1.0 if check == FULL_HEAD else check_in_heads(shape, check.weights(shape))
 
 
 def cheap_weights(plan: Plan, shape: Shape) -> int:
@@ -226,6 +257,11 @@ def execute(
             requests = list(requests)
             head = run.head.choose(backbone, _ends(requests))
             return speculate(backbone, requests, run.drafter, head=head, batch_size=batch_size)
+        case Adapt():
+            requests = list(requests)
+            head = run.head.choose(backbone, _ends(requests))
+            chooser = controlled(backbone, run.drafters, head=in_heads(run.head, backbone.shape))
+            return speculate(backbone, requests, chooser, head=head, batch_size=batch_size)
 
 
 def _ends(requests: Iterable[Request]) -> set[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -85,13 +86,17 @@ def search(
             path = unified_skip(keep, depth)
             steps.append(step(path, None, passes.judge(path, passes.run(path, passes.inputs))))
         while by != "uls" and len(shrinking.path) > keep:
-            done = (depth - len(shrinking.path)) / (depth - keep)
+            done, whole = depth - len(shrinking.path), depth - keep
             find = shrinking.most_alike if by == "cosine" else shrinking.least_missed
-            place, found = find(lambda share, done=done: told(done + share / (depth - keep)))
+            place, found = find(partial(_tell, told, done, whole))
             removed = shrinking.remove(place)
             steps.append(step(shrinking.path, removed, found))
         told(1.0)
         return steps
+
+
+def _tell(told: Told, done: int, whole: int, share: float) -> None:
+    told((done + share) / whole)
 
 
 class Shrinking:
