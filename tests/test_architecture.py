@@ -28,6 +28,7 @@ ORDER = [
     ("request",),
     ("decode",),
     ("speculate",),
+    ("control",),
     ("trace",),
     ("gate",),
     ("router", "route"),
@@ -36,7 +37,7 @@ ORDER = [
     ("hf",),
     ("fast",),
     ("model",),
-    ("bench", "tune", "allocate", "calibrate"),
+    ("bench", "search", "tune", "allocate", "calibrate"),
     ("cli",),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

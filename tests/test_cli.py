@@ -114,6 +114,13 @@ def test_every_way_of_running_runs(shell: Shell, checkpoint: Path, tmp_path: Pat
     draft = shell.json(*base, "--draft", 3, "--draft-tokens", 2, "--draft-confidence", 0.1)
     assert plain["outputs"][0]["token_ids"] == draft["outputs"][0]["token_ids"]
     assert draft["drafted"] > 0
+    short = shell.json(*base, "--draft", 3, "--head", "shortlist:99")
+    assert plain["outputs"][0]["token_ids"] == short["outputs"][0]["token_ids"]
+    assert short["plan"]["run"]["head"] == {"kind": "shortlist", "size": 99}
+    assert short["check_rows"] == short["drafted"] > 0
+    adapted = shell.json(*base, "--adapt", "2,5")
+    assert plain["outputs"][0]["token_ids"] == adapted["outputs"][0]["token_ids"]
+    assert adapted["plan"]["run"]["drafts"] == [[0, 1], [0, 1, 2, 3, 4]]
     assert set(shell.json(*base, "--exit", 2)["outputs"][0]["depths"]) == {2}
     left = shell.json(*base, "--threshold", "max_prob=2:0.01,4:0.02")
     assert set(left["outputs"][0]["depths"]) <= {2, 4, 6}
@@ -291,6 +298,7 @@ def test_wrong_usage_is_found_before_a_model_loads(shell: Shell, tmp_path: Path)
         "not in the range": [*base, "--threshold", "max_prob=3:1.5"],
         "unknown signal": [*base, "--threshold", "mood=3:0.5"],
         "give one": [*base, "--check", "shortlist:9"],
+        "or --adapt; give one": [*base, "--head", "full"],
         "--check 'half'": [*base, "--threshold", "max_prob=3:0.5", "--check", "half"],
         "--check 'full:3'": [*base, "--threshold", "max_prob=3:0.5", "--check", "full:3"],
         "--check 'shortlist:1'": [*base, "--threshold", "max_prob=3:0.5", "--check", "shortlist:1"],
@@ -300,6 +308,7 @@ def test_wrong_usage_is_found_before_a_model_loads(shell: Shell, tmp_path: Path)
         "does not go with the check full": [*base, "--threshold", "gate=3:0.5"],
         "is outside 1": [*base, "--exit", 0],
         "1 layer or more": [*base, "--draft", 0],
+        "different numbers": [*base, "--adapt", "3,3"],
         "--max-new-tokens": [*base, "--max-new-tokens", 0],
         "--batch-size": [*base, "--batch-size", 0],
         "--draft-tokens": [*base, "--draft-tokens", 0],

@@ -22,6 +22,7 @@ from offramp.backbone import Backbone
 from offramp.checks import FULL_HEAD, FullHead, GateFile, LowRank, Shortlist, Tokens
 from offramp.errors import OfframpError, UsageError
 from offramp.plan import (
+    Adapt,
     Exit,
     Full,
     ModelId,
@@ -65,7 +66,14 @@ runs: dict[str, st.SearchStrategy[Any]] = {
         head=heads,
     ),
     "speculate": st.builds(
-        Speculate, draft=paths, tokens=st.integers(-9, 99), min_confidence=numbers
+        Speculate, draft=paths, tokens=st.integers(-9, 99), min_confidence=numbers, head=heads
+    ),
+    "adapt": st.builds(
+        Adapt,
+        drafts=st.lists(paths, max_size=3).map(tuple),
+        tokens=st.integers(1, 64),
+        min_confidence=numbers,
+        head=heads,
     ),
     "path": st.builds(
         Path,
@@ -86,7 +94,7 @@ model_ids = st.builds(ModelId, name=names, num_layers=st.integers(), fingerprint
 def backbone(fingerprint: str = "this one") -> Backbone:
     """What a plan looks at of a backbone."""
     shape = SimpleNamespace(num_layers=LAYERS, vocab_size=9, hidden_size=8)
-    return cast("Backbone", SimpleNamespace(shape=shape, fingerprint=fingerprint))
+    return cast("Backbone", SimpleNamespace(shape=shape, fingerprint=fingerprint, blocks={}))
 
 
 def example(kind: str) -> dict[str, Any]:
@@ -102,7 +110,18 @@ def example(kind: str) -> dict[str, Any]:
             "check": {"kind": "shortlist", "size": 7},
             "head": {"kind": "shortlist", "size": 7},
         },
-        "speculate": {"draft": [0, 1, 3], "tokens": 2, "min_confidence": 0.25},
+        "speculate": {
+            "draft": [0, 1, 3],
+            "tokens": 2,
+            "min_confidence": 0.25,
+            "head": {"kind": "shortlist", "size": 9},
+        },
+        "adapt": {
+            "drafts": [[0, 1, 3], [0]],
+            "tokens": 3,
+            "min_confidence": 0.25,
+            "head": {"kind": "shortlist", "size": 9},
+        },
         "path": {"layers": [0, 2, 5], "head": {"kind": "shortlist", "size": 9}},
         "route": {
             "router": "r.safetensors",
@@ -172,6 +191,7 @@ def test_a_plan_file_holds_its_keys(tmp_path: FilePath, kind: str) -> None:
             Exit(signal="margin", thresholds={3: 0.0}),
         ),
         ('{"run": {"kind": "speculate", "draft": [0]}}', Speculate(draft=(0,))),
+        ('{"run": {"kind": "adapt", "drafts": [[0]]}}', Adapt(drafts=((0,),))),
         ('{"run": {"kind": "path", "layers": [1]}}', Path(layers=(1,))),
     ],
 )
@@ -190,8 +210,8 @@ def test_only_full_depth_and_speculation_are_lossless() -> None:
         Path(layers=(0,)),
         Route(router="r", digest="0f" * 32, price=0.0, runs=(Full(),)),
     ]
-    lossless: list[Run] = [Full(), Speculate(draft=(0,))]
-    expected = [True, True, False, False, False]
+    lossless: list[Run] = [Full(), Speculate(draft=(0,)), Adapt(drafts=((0,),))]
+    expected = [True, True, True, False, False, False]
     assert expected == [Plan(run=run).lossless for run in [*lossless, *lossy]]
 
 
@@ -244,6 +264,9 @@ def test_an_unknown_key_is_named(tmp_path: FilePath, kind: str, keys: Keys) -> N
         ("route", ["run", "digest"], [None, "", "0f" * 31, "0F" * 32, "zz" * 32]),
         ("route", ["run", "price"], [None, "1", math.nan, math.inf]),
         ("route", ["run", "runs"], [None, {}, [7], [{"kind": "speculate", "draft": [0]}]]),
+        ("adapt", ["run", "drafts"], [None, 2, "01", {"0": 1}]),
+        ("adapt", ["run", "drafts", 0], [None, 2, "01", {"0": 1}]),
+        ("adapt", ["run", "tokens"], ["2", 2.5, None, True, math.nan, math.inf, 0, 65]),
         ("path", ["run", "layers"], [None, 2, "01"]),
         ("path", ["run", "layers", 0], ["0", 0.5, None, False, math.nan]),
         ("path", ["run", "head"], [None, "full", {}, {"kind": "low_rank", "rank": 2}]),
@@ -275,6 +298,7 @@ def test_a_wrong_value_is_named(
         ('{"run": {"kind": "exit", "thresholds": {"1": 1}}}', "run.exit.signal: "),
         ('{"run": {"kind": "exit", "signal": "margin"}}', "run.exit.thresholds: "),
         ('{"run": {"kind": "speculate"}}', "run.speculate.draft: "),
+        ('{"run": {"kind": "adapt"}}', "run.adapt.drafts: "),
         ('{"run": {"kind": "path"}}', "run.path.layers: "),
         ('{"model": {"name": "a", "num_layers": 6}}', "model.fingerprint: "),
     ],
@@ -335,6 +359,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: FilePath) -> None:
         Exit(signal="entropy", thresholds={2: 0.5}, check=LowRank(rank=8)),
         *(Speculate(draft=tuple(range(depth))) for depth in range(1, LAYERS)),
         Speculate(draft=(0, 2, 5), tokens=1, min_confidence=1.0),
+        Speculate(draft=(0,), head=Shortlist(size=9)),
+        Adapt(drafts=((0, 2, 5), (0, 1)), tokens=64),
         Path(layers=(0,)),
         Path(layers=(5,)),
         Path(layers=tuple(range(LAYERS))),
@@ -378,6 +404,12 @@ def test_a_plan_that_fits_is_accepted(run: Run) -> None:
         (Speculate(draft=(0, 6)), "not all of the 6"),
         (Speculate(draft=tuple(range(LAYERS))), "not all of the 6"),
         (Speculate(draft=(0,), tokens=0), "1 token or more"),
+        (Speculate(draft=(0,), head=Shortlist(size=10)), "vocabulary of 9"),
+        (Adapt(drafts=()), "no draft"),
+        (Adapt(drafts=((0,), (1, 2))), "from layer 0"),
+        (Adapt(drafts=((0,), (0, 6))), "not all of the 6"),
+        (Adapt(drafts=((0,),), min_confidence=1.1), "between 0 and 1"),
+        (Adapt(drafts=((0,),), head=Shortlist(size=10)), "vocabulary of 9"),
         (Speculate(draft=(0,), min_confidence=1.1), "between 0 and 1"),
         (Speculate(draft=(0,), min_confidence=-0.1), "between 0 and 1"),
     ],

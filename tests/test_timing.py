@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from offramp import timing
 from offramp.backbone import Backbone, Shape
 from offramp.batch import Span
+from offramp.checks import Shortlist
 from offramp.cost import Figures, exit_ratio, full_depth, path_ratio, seconds, speculation_ratio
 from offramp.decode import decode
 from offramp.inspection import at_best
@@ -365,14 +367,20 @@ def test_never_leaving_takes_what_is_predicted(work: Costs, depth: int) -> None:
 
 
 @LAW
-@given(linear, st.integers(1, LAYERS - 1), st.integers(1, 5), st.booleans())
-def test_drafts_take_what_is_predicted(work: Costs, depth: int, tokens: int, right: bool) -> None:
-    """Always right and always wrong."""
+@given(linear, st.integers(1, LAYERS - 1), st.integers(1, 5), st.booleans(), st.booleans())
+def test_drafts_take_what_is_predicted(
+    work: Costs, depth: int, tokens: int, right: bool, free: bool
+) -> None:
+    """Always right and always wrong; by the full head, and by one that takes no time."""
     backbone = Clockwork(work, right=right)
     draft = Draft(tuple(range(depth)), tokens)
-    written = speculate(backbone, [Request([0, 0], 200)], draft)
+    head = partial(Counting.readout, backbone) if free else None
+    written = speculate(backbone, [Request([0, 0], 200)], draft, head=head)
     expected = per_token(backbone, written, (tokens + 1 if right else 1) * 3)
-    predicted = speculation_ratio(SHAPE, depth, tokens, float(right), constants_of(work))
+    price = 0.0 if free else 1.0
+    predicted = speculation_ratio(
+        SHAPE, depth, tokens, float(right), constants_of(work), head=price
+    )
     assert predicted == pytest.approx(expected / plain_seconds(work))
 
 
@@ -420,6 +428,7 @@ def test_a_plan_at_its_best() -> None:
     """Every guess right: drafts pay where reading weights takes the time, not where rows do."""
     runs: list[Run] = [
         Speculate(draft=(0, 1), tokens=4),
+        Speculate(draft=(0, 1), tokens=4, head=Shortlist(size=2)),
         Exit(signal="max_prob", thresholds={4: 0.9}),
         Exit(signal="max_prob", thresholds={4: 0.9}, kv="copy"),
     ]
@@ -427,9 +436,10 @@ def test_a_plan_at_its_best() -> None:
     rows = constants_of(Costs(layer=(1e-5, 1e-2), head=(1e-5, 1e-2)))
     for run in runs:
         assert at_best(run, SHAPE, reading) < 1
-    assert at_best(runs[0], SHAPE, rows) > 1  # nothing is saved, and the drafts' heads are lost
-    assert 0.99 < at_best(runs[1], SHAPE, rows) < 1  # tokens that waited run all the same
-    assert at_best(runs[2], SHAPE, rows) < 0.9  # copies do save rows
+    full, short, waits, copies = (at_best(run, SHAPE, rows) for run in runs)
+    assert 1 < short < full  # nothing is saved, and the drafts' heads are lost
+    assert 0.99 < waits < 1  # tokens that waited run all the same
+    assert copies < 0.9  # copies do save rows
     assert at_best(Full(), SHAPE, rows) == 1
     assert at_best(SubModel(layers=(0, 2)), SHAPE, rows) == path_ratio(SHAPE, 2, rows)
 

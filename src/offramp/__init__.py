@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from offramp.gate import fit_gate
     from offramp.hf.door import custom_generate
     from offramp.model import Model, Output, Piece, Result, load
-    from offramp.plan import Exit, Full, Path, Plan, Route, Speculate, read_plan, write_plan
+    from offramp.plan import (
+        Adapt,
+        Exit,
+        Full,
+        Path,
+        Plan,
+        Route,
+        Speculate,
+        read_plan,
+        write_plan,
+    )
     from offramp.sample import Sampling
     from offramp.trace import Trace, load_trace, record, replay
 
@@ -34,12 +44,23 @@ _HOMES = {
     "gate": ("fit_gate",),
     "hf.door": ("custom_generate",),
     "model": ("Model", "Output", "Piece", "Result", "load"),
-    "plan": ("Exit", "Full", "Path", "Plan", "Route", "Speculate", "read_plan", "write_plan"),
+    "plan": (
+        "Adapt",
+        "Exit",
+        "Full",
+        "Path",
+        "Plan",
+        "Route",
+        "Speculate",
+        "read_plan",
+        "write_plan",
+    ),
     "sample": ("Sampling",),
     "trace": ("Trace", "load_trace", "record", "replay"),
 }
 
 __all__ = [
+    "Adapt",
     "Certificate",
     "Exit",
     "Full",

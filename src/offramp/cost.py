@@ -266,21 +266,26 @@ def speculation_ratio(
     agreement: float,
     constants: Constants | None = None,
     context: int = _CONTEXT,
+    *,
+    head: float = 1.0,
+    shared: int | None = None,
 ) -> float:
     """Return the predicted cost per token of self-speculation against plain decoding.
 
     Time where constants are given, for one text of ``context`` tokens; else weights read. Each of
-    ``tokens`` drafts costs ``depth`` layers and a head; the confirming step runs the other layers
-    and the head for all rows at once. A run of right drafts is geometric in ``agreement``
-    (Leviathan et al. 2023, equation 1).
+    ``tokens`` drafts costs ``depth`` layers and a readout, ``head`` of the full one; the confirming
+    step runs the other layers and the full head for all rows at once. A draft that skips layers has
+    only its first ``shared`` ones in common with it. A run of right drafts is geometric in
+    ``agreement`` (Leviathan et al. 2023, equation 1).
     """
     price = Prices(shape, constants, context)
     written = sum(agreement**i for i in range(tokens + 1))
     every = shape.num_layers  # drafts and confirmations take turns: the cache sees all layers
-    draft = price.step(every) + price.layers(depth) + price.head()
+    draft = price.step(every) + price.layers(depth) + head * price.head()
     # The last drafted token has not run the draft's layers yet, so the confirming step runs them.
-    confirm = price.step(every) + price.layers(depth) + price.head(tokens + 1)
-    confirm += price.layers(shape.num_layers - depth, tokens + 1)
+    common = depth if shared is None else shared
+    confirm = price.step(every) + price.layers(common) + price.head(tokens + 1)
+    confirm += price.layers(shape.num_layers - common, tokens + 1)
     return (tokens * draft + confirm) / (written * price.full)
 
 

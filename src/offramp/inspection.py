@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,15 +13,15 @@ from offramp.checks import FULL_HEAD, Check, LowRank, Shortlist
 from offramp.cost import (
     break_even_depth,
     cheap_check_in_layers,
-    check_in_heads,
     check_in_layers,
     exit_ratio,
     fill_in_layers,
     path_ratio,
     speculation_ratio,
 )
-from offramp.plan import Exit, Full, Path, Route, Run, Speculate
+from offramp.plan import Adapt, Exit, Full, Path, Route, Run, Speculate, in_heads
 from offramp.policy import Threshold
+from offramp.speculate import Draft
 from offramp.timing import Constants
 from offramp.trace import Trace, replay
 
@@ -155,26 +155,31 @@ def at_best(run: Run, shape: Shape, constants: Constants) -> float:
         case Full():
             return 1.0
         case Path():
-            head = _in_heads(run.head, shape)
-            return path_ratio(shape, len(run.layers), constants, head=1.0 if head is None else head)
+            head = in_heads(run.head, shape)
+            return path_ratio(shape, len(run.layers), constants, head=head)
         case Exit():
             exits = run.policy.exits
             shares = [1.0] + [0.0] * (len(exits) - 1)
-            check = _in_heads(run.check, shape)
+            check = None if run.check == FULL_HEAD else in_heads(run.check, shape)
             return exit_ratio(shape, exits, shares, constants, copy=run.kv == "copy", check=check)
         case Speculate():
-            ratios = (
-                speculation_ratio(shape, len(run.draft), tokens, 1.0, constants)
+            head = in_heads(run.head, shape)
+            return min(
+                _right(replace(run.drafter, tokens=tokens), head, shape, constants)
                 for tokens in range(1, run.tokens + 1)
             )
-            return min(ratios)
+        case Adapt():
+            head = in_heads(run.head, shape)
+            return min(1.0, *(_right(one, head, shape, constants) for one in run.drafters))
         case Route():
             return min(at_best(one, shape, constants) for one in run.runs)
 
 
-def _in_heads(check: Check, shape: Shape) -> float | None:
-    """Return the price of a cheap check, one readout = 1; None for the full head."""
-    return None if check == FULL_HEAD else check_in_heads(shape, check.weights(shape))
+def _right(draft: Draft, head: float, shape: Shape, constants: Constants) -> float:
+    """Return the predicted time of speculation if every draft is right."""
+    return speculation_ratio(
+        *(shape, len(draft.layers), draft.tokens, 1.0, constants), head=head, shared=draft.shared
+    )
 
 
 def _row(

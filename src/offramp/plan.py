@@ -15,6 +15,8 @@ from pydantic import Field
 from offramp.backbone import Backbone, Shape
 from offramp.certificate import Certificate, check_whole, checksum
 from offramp.checks import FULL_HEAD, Check, FullHead, GateFile, Head
+from offramp.control import check_drafts, controlled
+from offramp.cost import check_in_heads
 from offramp.decode import MAX_WAITING, Way, decode
 from offramp.errors import UsageError
 from offramp.files import write_text
@@ -101,6 +103,9 @@ class Speculate(Record):
     """The layers the draft runs."""
     tokens: int = 4
     min_confidence: float = 0.0
+    head: Annotated[Head, Field(discriminator="kind")] = FULL_HEAD
+    """What chooses the drafted tokens: where few layers run, reading the whole head is what costs.
+    The full head confirms them, so no token depends on it."""
 
     @property
     def drafter(self) -> Draft:
@@ -108,8 +113,33 @@ class Speculate(Record):
         return Draft(self.draft, self.tokens, self.min_confidence)
 
     def must_fit(self, backbone: Backbone) -> None:
-        """Refuse a draft that a model of this depth cannot make."""
+        """Refuse a draft or a head that this model cannot make."""
         self.drafter.check(backbone.shape.num_layers)
+        self.head.must_fit(backbone.shape)
+
+
+class Adapt(Record):
+    """Draft or not, with which layers and how far: chosen while decoding. Lossless."""
+
+    kind: Literal["adapt"] = "adapt"
+    drafts: tuple[tuple[int, ...], ...]
+    """What a draft may run: several sets of layers."""
+    tokens: Annotated[int, Field(ge=1, le=64)] = 4
+    """Longest draft; 1, 2, 4 and so on are tried."""
+    min_confidence: float = 0.0
+    head: Annotated[Head, Field(discriminator="kind")] = FULL_HEAD
+    """What chooses the drafted tokens."""
+
+    @property
+    def drafters(self) -> tuple[Draft, ...]:
+        """Return the drafts to choose from."""
+        lengths = sorted({*(2**i for i in range(self.tokens.bit_length())), self.tokens})
+        return tuple(Draft(one, n, self.min_confidence) for one in self.drafts for n in lengths)
+
+    def must_fit(self, backbone: Backbone) -> None:
+        """Refuse drafts or a head that this model cannot make."""
+        check_drafts(backbone, self.drafters)
+        self.head.must_fit(backbone.shape)
 
 
 class Path(Record):
@@ -187,7 +217,7 @@ def _check_shared(run: Full | Exit | Path, router: RouterWeights, backbone: Back
                 )
 
 
-Run = Full | Exit | Speculate | Path | Route
+Run = Full | Exit | Speculate | Adapt | Path | Route
 
 
 class ModelId(Record):
@@ -211,7 +241,7 @@ class Plan(Record):
     @property
     def lossless(self) -> bool:
         """Whether the tokens are the full model's."""
-        return isinstance(self.run, Full | Speculate)
+        return isinstance(self.run, Full | Speculate | Adapt)
 
     def check(self, backbone: Backbone) -> None:
         """Refuse a plan that is not for this model.
@@ -238,14 +268,20 @@ def sealed(plan: Plan, certificate: Certificate) -> Plan:
 
 
 def check_of(plan: Plan) -> Check:
-    """Return what reads states in place of the full head: an exit's check, a sub-model's head."""
+    """Return what reads states in place of the full head: an exit's check, or the head of a
+    sub-model or a draft."""
     match plan.run:
         case Exit():
             return plan.run.sees
-        case Path():
+        case Path() | Speculate() | Adapt():
             return plan.run.head
         case _:
             return FULL_HEAD
+
+
+def in_heads(check: Check, shape: Shape) -> float:
+    """Return the price of looking through this, one readout of the full head = 1."""
+    return 1.0 if check == FULL_HEAD else check_in_heads(shape, check.weights(shape))
 
 
 def cheap_weights(plan: Plan, shape: Shape) -> int:
@@ -281,18 +317,26 @@ def execute(
     backbone: Backbone, requests: Iterable[Request], run: Run, *, batch_size: int = 8
 ) -> Iterator[Token]:
     """Yield the new tokens of all requests, generated as the plan says."""
-    match run:
-        case Full():
-            return decode(backbone, requests, batch_size=batch_size)
-        case Speculate():
-            return speculate(backbone, requests, run.drafter, batch_size=batch_size)
+    if isinstance(run, Full):
+        return decode(backbone, requests, batch_size=batch_size)
     requests = list(requests)
     ends = {token for request in requests for token in request.eos}
-    if isinstance(run, Route):
-        ways = [way_of(backbone, one, ends) for one in run.runs]
-        return route(backbone, requests, run.weights, ways, price=run.price, batch_size=batch_size)
-    way = way_of(backbone, run, ends)
-    return decode(backbone, requests, **vars(way), batch_size=batch_size)
+    match run:
+        case Speculate():
+            head = run.head.choose(backbone, ends)
+            return speculate(backbone, requests, run.drafter, head=head, batch_size=batch_size)
+        case Adapt():
+            head = run.head.choose(backbone, ends)
+            chooser = controlled(backbone, run.drafters, head=in_heads(run.head, backbone.shape))
+            return speculate(backbone, requests, chooser, head=head, batch_size=batch_size)
+        case Route():
+            ways = [way_of(backbone, one, ends) for one in run.runs]
+            return route(
+                backbone, requests, run.weights, ways, price=run.price, batch_size=batch_size
+            )
+        case _:
+            way = way_of(backbone, run, ends)
+            return decode(backbone, requests, **vars(way), batch_size=batch_size)
 
 
 def way_of(backbone: Backbone, run: Full | Exit | Path, ends: Collection[int]) -> Way:

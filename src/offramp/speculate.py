@@ -7,8 +7,10 @@ no second cache. The tokens are those of plain decoding at full depth, whatever 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from torch import Tensor
 from offramp.backbone import Backbone
 from offramp.errors import UsageError
 from offramp.policy import FULL, Policy, fixed
+from offramp.probe import Readout
 from offramp.request import Pool, Request, Token, Writer
 from offramp.step import step
 
@@ -68,39 +71,132 @@ class Draft:
             raise UsageError(f"a confidence lies between 0 and 1, not at {self.min_confidence}")
 
 
+@dataclass(frozen=True)
+class Round:
+    """What one round of drafts and their confirmation did."""
+
+    draft: Draft | None
+    """How it drafted; None for a plain step."""
+    texts: int
+    reading: int
+    """Texts that read their prompt in it."""
+    confirmed: Sequence[tuple[int, int]]
+    """(tokens drafted, tokens confirmed) of each text."""
+    seconds: float
+
+
+class Chooser(Protocol):
+    """Chooses how each round drafts; see :mod:`offramp.control`."""
+
+    @property
+    def drafts(self) -> tuple[Draft, ...]:
+        """Return what it chooses from, beside plain decoding."""
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Return what tells seconds, from any moment."""
+
+    def choose(self, texts: int, reading: int) -> Draft | None:
+        """Return the draft for the next round of so many texts, of which some read their prompt."""
+
+    def learn(self, done: Round) -> None:
+        """Hear what the round did."""
+
+
+class Always:
+    """The same draft in every round."""
+
+    clock = staticmethod(time.perf_counter)
+
+    def __init__(self, draft: Draft) -> None:
+        self.drafts = (draft,)
+
+    def choose(self, texts: int, reading: int) -> Draft | None:
+        """Return the draft."""
+        return self.drafts[0]
+
+    def learn(self, done: Round) -> None:
+        """Learn nothing."""
+
+
 def speculate(
-    backbone: Backbone, requests: Iterable[Request], draft: Draft, *, batch_size: int = 8
+    backbone: Backbone,
+    requests: Iterable[Request],
+    draft: Draft | Chooser,
+    *,
+    head: Readout | None = None,
+    batch_size: int = 8,
 ) -> Iterator[Token]:
     """Yield the full model's tokens, several per full-depth step where the draft was right.
 
     Args:
         backbone: what runs the layers.
         requests: what to continue; read only when there is room for it.
-        draft: how to propose tokens.
+        draft: how to propose tokens; or what chooses that anew in each round.
+        head: what chooses the drafted tokens, the backbone's own head by default; one that is
+            short makes a draft cheaper, and what confirms it is the full head in any case.
         batch_size: texts at once; each drafts and is confirmed at its own pace.
     """
-    draft.check(backbone.shape.num_layers)
+    chooser = Always(draft) if isinstance(draft, Draft) else draft
+    for candidate in chooser.drafts:
+        candidate.check(backbone.shape.num_layers)
     for writers in Pool(backbone, requests, batch_size).rounds():
-        known = [len(writer.text.ids) for writer in writers]
-        _propose(backbone, [writer for writer in writers if not writer.reading], draft)
-        counts = [len(w.text.ids) - n for w, n in zip(writers, known, strict=True)]
-        outcome = step(
-            backbone,
-            [writer.text for writer in writers],
-            draft.kept,
-            stay=[True] * len(writers),
-            tails=[count + 1 for count in counts],
-        )
-        backbone.meter.drafted += sum(counts)
-        rows = outcome.logits.split([count + 1 for count in counts])
-        for writer, logits, start in zip(writers, rows, known, strict=True):
-            for token, accepted in _confirm(backbone, writer, logits, start):
+        begin, reading = chooser.clock(), sum(writer.reading for writer in writers)
+        now = chooser.choose(len(writers), reading)
+        found = _round(backbone, writers, now, head, kept=_kept(backbone, chooser.drafts))
+        seconds = chooser.clock() - begin
+        confirmed = [(one.drafted, len(one.tokens) - 1) for one in found]
+        chooser.learn(Round(now, len(writers), reading, confirmed, seconds))
+        for writer, one in zip(writers, found, strict=True):
+            for token, accepted in one.tokens:
                 if writer.finished:
                     break
                 yield writer.emit(token, backbone.shape.num_layers, accepted=accepted)
 
 
-def _propose(backbone: Backbone, writers: list[Writer], draft: Draft) -> None:
+@dataclass(frozen=True)
+class _Written:
+    """What a round adds to one text."""
+
+    drafted: int
+    tokens: list[tuple[int, bool]]
+    """Each new token, and whether the draft had proposed it: all but the last one."""
+
+
+def _kept(backbone: Backbone, drafts: Sequence[Draft]) -> Policy:
+    """Return whose exits every full-depth step passes: those of a draft whose exit owns a block."""
+    owning = [one.kept for one in drafts if backbone.blocks.keys() & {*one.kept.exits}]
+    return owning[0] if owning else FULL
+
+
+def _round(
+    backbone: Backbone,
+    writers: list[Writer],
+    draft: Draft | None,
+    head: Readout | None,
+    kept: Policy,
+) -> list[_Written]:
+    """Draft, if at all, and let the full model confirm; nothing is emitted yet."""
+    known = [len(writer.text.ids) for writer in writers]
+    if draft is not None:
+        _propose(backbone, [writer for writer in writers if not writer.reading], draft, head)
+    counts = [len(w.text.ids) - n for w, n in zip(writers, known, strict=True)]
+    outcome = step(
+        backbone,
+        [writer.text for writer in writers],
+        kept,
+        stay=[True] * len(writers),
+        tails=[count + 1 for count in counts],
+    )
+    backbone.meter.drafted += sum(counts)
+    rows = outcome.logits.split([count + 1 for count in counts])
+    return [
+        _Written(count, _confirm(backbone, writer, logits, start))
+        for writer, logits, start, count in zip(writers, rows, known, counts, strict=True)
+    ]
+
+
+def _propose(backbone: Backbone, writers: list[Writer], draft: Draft, head: Readout | None) -> None:
     """Append up to ``draft.tokens`` tokens to each text; all of them wait for the full model."""
     known = {id(writer): len(writer.text.ids) for writer in writers}
     drafting = writers
@@ -113,6 +209,7 @@ def _propose(backbone: Backbone, writers: list[Writer], draft: Draft) -> None:
             backbone,
             [writer.text for writer in drafting],
             draft.policy,
+            exit_head=head,
             detour=draft.layers[draft.shared :],
         )
         going = []

@@ -118,7 +118,8 @@ def step(
             leaving, staying = _split(policy.leave(probe))
             if leaving:
                 gone = asked.select(leaving)
-                chosen.append((gone.members, _choice(backbone, probe.take(leaving), gone, detour)))
+                taken = probe.take(leaving)
+                chosen.append((gone.members, _choice(backbone, taken, gone, detour, exit_head)))
                 _leave(backbone, gone, [*path[stop:], *exits.deeper(stop)], kv)
                 left = set(gone.members)
                 flow = flow.select(i for i, member in enumerate(flow.members) if member not in left)
@@ -172,12 +173,14 @@ def _split(leave: Tensor) -> tuple[list[int], list[int]]:
     return [i for i, out in enumerate(mask) if out], [i for i, out in enumerate(mask) if not out]
 
 
-def _choice(backbone: Backbone, probe: Probe, gone: Flow, detour: Sequence[int]) -> Probe:
+def _choice(
+    backbone: Backbone, probe: Probe, gone: Flow, detour: Sequence[int], head: Readout | None
+) -> Probe:
     """Return what chooses the tokens of the rows that leave."""
     if not detour:
         return probe
     hidden = backbone.run(detour, gone.hidden, gone.spans)
-    reads = shared(backbone, backbone.readout)
+    reads = shared(backbone, head or backbone.readout)
     return Probe(probe.depth + len(detour), probe.num_layers, hidden, reads)
 
 

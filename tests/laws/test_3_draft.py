@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
 import torch
+from torch import Tensor
 
+from offramp.checks import FULL_HEAD, Head, Shortlist, Tokens
 from offramp.decode import decode
+from offramp.plan import Speculate, execute
 from offramp.request import Request
 from offramp.sample import Sampling
 from offramp.speculate import Draft, speculate
@@ -65,6 +69,52 @@ def test_sampled_speculation_repeats_plain_sampling(family: str) -> None:
     assert max(len(set(answer)) for answer in expected) >= 8
     for draft in DRAFTS:
         assert expected == collected(speculate(backbone, requests, draft, batch_size=2), 3)[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "fast:llama", "graph:llama"])
+def test_a_draft_by_a_short_head_has_no_consequence(family: str) -> None:
+    """Greedy and sampled, with layers skipped, and a head that lacks most of what is written."""
+    backbone = opened(family)
+    prompts = texts_of(backbone, [6, 4, 8], seed=2)
+    ends = frozenset([backbone.shape.vocab_size - 1])
+    for sampling in (Sampling(), Sampling(1.0, 30, 0.95, 1.2)):
+        requests = [Request(prompt, 16, sampling.chooser(), ends) for prompt in prompts]
+        expected, _ = collected(decode(backbone, requests, batch_size=1), 3)
+        assert max(len(set(answer)) for answer in expected) >= 8
+        written = sorted({token for answer in expected for token in answer})
+        for head in (Shortlist(size=2), Tokens(tokens=tuple(written[1::2]))):
+            for layers in ((0, 1), (0, 1, 3, 5)):
+                run = Speculate(draft=layers, tokens=3, head=head)
+                list(execute(backbone, requests[:1], run))  # its head is made: hooks see it
+                with counted(backbone) as rows:
+                    tokens = execute(backbone, requests, run, batch_size=2)
+                    assert expected == collected(tokens, 3)[0]
+                assert rows.check  # the drafts were chosen by it
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_short_head_of_all_that_is_chosen_drafts_as_the_full_one(temperature: float) -> None:
+    """Sampling's noise stands by a token's id, wherever a head ends or what it leaves out."""
+    backbone = opened("llama")
+    prompts = texts_of(backbone, [6, 4], seed=2)
+    inner, chosen = Sampling(temperature).chooser(), set[int]()
+
+    def choose(logits: Tensor, ids: Sequence[int], first: int) -> list[int]:
+        tokens = inner(logits, ids, first)
+        chosen.update(tokens)
+        return tokens
+
+    def drafted(head: Head) -> tuple[int, int]:
+        before = backbone.meter.copy()
+        run = Speculate(draft=(0, 1, 2, 3, 4), tokens=4, head=head)
+        list(execute(backbone, [Request(prompt, 30, choose) for prompt in prompts], run))
+        work = backbone.meter - before
+        return work.drafted, work.accepted
+
+    expected = drafted(FULL_HEAD)
+    assert expected[1] >= 8
+    assert 8 <= len(chosen) < backbone.shape.vocab_size
+    assert expected == drafted(Tokens(tokens=tuple(sorted(chosen))))
 
 
 def test_sampled_speculation_has_the_full_models_distribution() -> None:

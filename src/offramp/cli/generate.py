@@ -28,6 +28,7 @@ def generate(
     max_new_tokens: o.MaxNewTokens = 128,
     plan: o.PlanFile = None,
     draft: o.DraftDepth = None,
+    adapt: o.DraftDepths = None,
     draft_tokens: o.DraftTokens = 4,
     draft_confidence: o.DraftConfidence = 0.0,
     exit_depth: o.ExitDepth = None,
@@ -79,6 +80,7 @@ def generate(
     chosen = o.parse_plan(
         plan,
         draft=draft,
+        adapt=adapt,
         draft_tokens=draft_tokens,
         draft_confidence=draft_confidence,
         exit_depth=exit_depth,

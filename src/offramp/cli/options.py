@@ -95,6 +95,15 @@ DraftDepth = Annotated[
     int | None,
     typer.Option("--draft", help="Lossless: draft with the first N layers, confirm with all."),
 ]
+DraftDepths = Annotated[
+    str | None,
+    typer.Option(
+        "--adapt",
+        metavar="DEPTH,...",
+        help="Lossless: draft from one of these depths, up to --draft-tokens, or not at all, as "
+        "pays while decoding.",
+    ),
+]
 DraftTokens = Annotated[int, typer.Option("--draft-tokens", min=1, help="Most tokens per draft.")]
 DraftConfidence = Annotated[
     float,
@@ -131,8 +140,9 @@ HeadText = Annotated[
     typer.Option(
         "--head",
         metavar="full|shortlist:N|tokens:FILE",
-        help="What chooses tokens with --exit, or those that leave with --threshold; the N lowest "
-        "token ids are the most frequent, a file lists those of a narrow task.",
+        help="What chooses tokens with --exit, those that leave with --threshold, or those that "
+        "--draft or --adapt proposes; the N lowest token ids are the most frequent, a file lists "
+        "those of a narrow task.",
     ),
 ]
 KeyValues = Annotated[
@@ -171,6 +181,7 @@ def parse_plan(
     plan: str | None,
     *,
     draft: int | None = None,
+    adapt: str | None = None,
     draft_tokens: int = 4,
     draft_confidence: float = 0.0,
     exit_depth: int | None = None,
@@ -187,31 +198,49 @@ def parse_plan(
     """
     from offramp.checks import parse_check, parse_head
     from offramp.paths import prefix
-    from offramp.plan import Exit, Plan, Speculate, read_plan
+    from offramp.plan import Adapt, Exit, Plan, Speculate, read_plan
     from offramp.plan import Path as SubModel
 
-    given = {"--plan": plan, "--draft": draft, "--exit": exit_depth, "--threshold": threshold}
+    given = {
+        "--plan": plan,
+        "--draft": draft,
+        "--adapt": adapt,
+        "--exit": exit_depth,
+        "--threshold": threshold,
+    }
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise UsageError(f"{' and '.join(named)} exclude each other")
     if check is not None and threshold is None:
         raise UsageError("--check says what a --threshold looks at; give one")
-    if head is not None and exit_depth is None and threshold is None:
-        raise UsageError("--head says what chooses the tokens of --exit or --threshold; give one")
+    if head is not None and named in ([], ["--plan"]):
+        raise UsageError(
+            "--head says what chooses the tokens of --exit, --threshold, --draft or --adapt; give "
+            "one"
+        )
+    chooses = parse_head(head or "full")
     if draft is not None:
         if draft < 1:
             raise UsageError(f"--draft {draft}: a draft runs 1 layer or more")
         layers = tuple(range(draft))
         return Plan(
-            run=Speculate(draft=layers, tokens=draft_tokens, min_confidence=draft_confidence)
+            run=Speculate(
+                draft=layers, tokens=draft_tokens, min_confidence=draft_confidence, head=chooses
+            )
+        )
+    if adapt is not None:
+        drafts = tuple(tuple(range(depth)) for depth in parse_counts("--adapt", adapt))
+        return Plan(
+            run=Adapt(
+                drafts=drafts, tokens=draft_tokens, min_confidence=draft_confidence, head=chooses
+            )
         )
     if exit_depth is not None:
         layers = prefix(exit_depth, max(exit_depth, 1))
-        return Plan(run=SubModel(layers=layers, head=parse_head(head or "full")))
+        return Plan(run=SubModel(layers=layers, head=chooses))
     if threshold is not None:
         signal, values = parse_threshold(threshold)
         looked_at = parse_check(check or "full")
-        chooses = parse_head(head or "full")
         run = Exit(signal=signal, thresholds=values, kv=kv.value, check=looked_at, head=chooses)
         _ = run.policy  # refuses an unknown signal or a value out of range before a model loads
         return Plan(run=run)

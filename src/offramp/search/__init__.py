@@ -1,0 +1,1 @@
+"""Which layers could a model do without? Finds paths on some texts, judges them on others."""

@@ -1,0 +1,203 @@
+"""Search: any path is judged as it runs, greedy choices are the best ones, bad input is named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from offramp.batch import Text
+from offramp.errors import OfframpError, UsageError
+from offramp.paths import unified_skip
+from offramp.search.passes import opened as held
+from offramp.search.scores import cosines
+from offramp.search.subsets import By, search
+from offramp.step import step
+from offramp.trace import record
+from tests.tools import AnyBackbone, counted, lengths, opened, texts_of
+
+FAMILIES = ("llama", "gpt2", "gemma2", "fast:llama", "graph:llama")
+PATHS = ((0, 1, 2, 3, 4, 5), (0, 2, 5), (0,), (1, 4), (0, 1, 2))
+BYS: tuple[By, ...] = ("uls", "cosine", "loss")
+
+
+def some(backbone: AnyBackbone, seed: int = 5) -> list[tuple[list[int], int]]:
+    """Texts of different lengths, some of which begin with a prompt."""
+    texts = texts_of(backbone, [9, 5, 7, 9, 4, 6, 8, 5, 9], seed=seed)
+    return [(ids, i % 3) for i, ids in enumerate(texts)]
+
+
+def alone(backbone: AnyBackbone, path: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+    """Logits ``[T, V]`` of one text along a path, by the loop that generates."""
+    text = Text(list(ids), backbone.open())
+    try:
+        return step(backbone, [text], layers=path, tails=[len(ids)]).logits
+    finally:
+        backbone.close(text.slot)
+
+
+def by_hand(
+    backbone: AnyBackbone, path: Sequence[int], texts: list[tuple[list[int], int]]
+) -> tuple[float, float]:
+    """Loss and agreement of a path, text by text."""
+    losses, agrees = [], []
+    for ids, given in texts:
+        first = max(given, 1)
+        logits = alone(backbone, path, ids)[first - 1 : -1]
+        full = alone(backbone, range(6), ids)[first - 1 : -1]
+        targets = torch.tensor(ids[first:])
+        losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+        agrees.append((logits.argmax(-1) == full.argmax(-1)).float())
+    return torch.cat(losses).mean().item(), torch.cat(agrees).mean().item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_path_is_judged_as_it_would_run(family: str) -> None:
+    """Many texts at once, one path after the other, give what each text gives alone."""
+    backbone = opened(family)
+    texts = some(backbone)
+    with held(backbone, texts) as passes, counted(backbone):
+        assert passes.tokens == sum(len(ids) - max(given, 1) for ids, given in texts)
+        found = [passes.judge(path, passes.run(path, passes.inputs)) for path in PATHS]
+    for path, judged in zip(PATHS, found, strict=True):
+        loss, agreement = by_hand(backbone, path, texts)
+        assert judged.loss == pytest.approx(loss, rel=1e-4)
+        assert judged.agreement == pytest.approx(agreement)
+    assert found[0].agreement == 1
+    assert min(judged.agreement for judged in found) < 1
+
+
+def test_the_loss_is_the_traces() -> None:
+    """At full depth and at a prefix: one truth about a text."""
+    backbone = opened("llama")
+    texts = some(backbone)
+    trace = record(backbone, texts, (3,))
+    with held(backbone, texts) as passes:
+        for column, path in enumerate((range(3), range(6))):
+            judged = passes.judge(path, passes.run(path, passes.inputs))
+            assert judged.loss == pytest.approx(trace.loss[:, column].mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "fast:llama"])
+def test_cosines_are_those_of_states(family: str) -> None:
+    """Of the rows that are counted, before and after each layer of the path."""
+    backbone = opened(family)
+    texts = [(ids, 1) for ids, _ in some(backbone)]
+    trace = record(backbone, texts, keep_hidden=True)
+    with held(backbone, texts) as passes:
+        found, inputs, end = cosines(passes, range(6), passes.inputs)
+        states = [passes.counted(rows) for rows in (*inputs, end)]
+    assert trace.hidden is not None
+    for depth in range(1, 6):
+        assert torch.allclose(states[depth], trace.hidden[:, depth - 1], atol=1e-4)
+    for layer, (before, after) in enumerate(pairwise(states)):
+        assert found[layer] == pytest.approx(
+            cosine_similarity(before, after, dim=-1).mean().item(), abs=1e-5
+        )
+    assert max(found) - min(found) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "fast:llama"])
+def test_greedy_by_loss_takes_what_is_missed_least(family: str) -> None:
+    """Each step is the best of all that lack one more layer, tried from scratch."""
+    backbone = opened(family)
+    texts = some(backbone)
+    searched = [text for i, text in enumerate(texts) if i % 3 != 2]
+    steps = search(backbone, texts, 2, "loss")
+    assert [len(one.layers) for one in steps] == [6, 5, 4, 3, 2]
+    for before, after in pairwise(steps):
+        assert after.removed in before.layers[1:]
+        assert after.layers == tuple(layer for layer in before.layers if layer != after.removed)
+        losses = [
+            by_hand(backbone, [one for one in before.layers if one != layer], searched)[0]
+            for layer in before.layers[1:]
+        ]
+        assert after.searched.loss == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_greedy_by_cosine_takes_what_changes_least() -> None:
+    """Measured again along the path that is left."""
+    backbone = opened("llama")
+    texts = some(backbone)
+    searched = [text for i, text in enumerate(texts) if i % 3 != 2]
+    steps = search(backbone, texts, 2, "cosine")
+    with held(backbone, searched) as passes:
+        for before, after in pairwise(steps):
+            found, _, _ = cosines(passes, before.layers, passes.inputs)
+            alike = dict(zip(before.layers[1:], found[1:], strict=True))
+            assert after.removed == max(alike, key=alike.__getitem__)
+
+
+@pytest.mark.parametrize("by", BYS)
+def test_what_is_found_is_judged_on_texts_that_had_no_say(by: By) -> None:
+    """Both judgements are those of the path; every third text is held out; nothing stays behind."""
+    backbone = opened("llama")
+    texts = some(backbone)
+    told: list[float] = []
+    steps = search(backbone, texts, 3, by, told.append)
+    assert steps[0].layers == tuple(range(6))
+    assert len(steps[-1].layers) == 3
+    if by == "uls":
+        assert steps[-1].layers == unified_skip(3, 6)
+    for one in steps:
+        for kept, judged in ((0, one.searched), (1, one.held_out)):
+            part = [text for i, text in enumerate(texts) if (i % 3 == 2) == kept]
+            loss, agreement = by_hand(backbone, one.layers, part)
+            assert (judged.loss, judged.agreement) == pytest.approx((loss, agreement), rel=1e-4)
+    assert told == sorted(told)
+    assert told[-1] == 1
+
+
+def test_texts_stay_open_without_keys() -> None:
+    """A failing layer, too, leaves the texts as they were."""
+    backbone = opened("llama")
+    with held(backbone, some(backbone)) as passes:
+        passes.run([0, 3], passes.inputs)
+        with pytest.raises(IndexError):
+            passes.run([0, 99], passes.inputs)
+        assert {0} == {n for text in passes._texts for n in lengths(text.slot)}
+
+
+@pytest.mark.parametrize(
+    ("keep", "count", "complaint"),
+    [
+        (0, 9, "1 to 5, not 0"),
+        (6, 9, "1 to 5, not 6"),
+        (7, 9, "not 7"),
+        (-1, 9, "not -1"),
+        (3, 5, "6 texts"),
+    ],
+)
+@pytest.mark.parametrize("by", BYS)
+def test_what_cannot_be_searched_is_refused(by: By, keep: int, count: int, complaint: str) -> None:
+    """Too few texts, and more layers than there are or none."""
+    backbone = opened("llama")
+    with pytest.raises(UsageError, match=complaint):
+        search(backbone, some(backbone)[:count], keep, by)
+
+
+def test_texts_that_say_nothing_are_refused() -> None:
+    """One token, all of it given, or longer than the model reads."""
+    backbone = opened("llama")
+    good = some(backbone)
+    for bad in (([7], 0), ([7, 8, 9], 3), ([7] * (backbone.shape.context + 1), 1)):
+        with pytest.raises(UsageError, match="text"):
+            search(backbone, [*good, bad], 3, "loss")
+
+
+@pytest.mark.parametrize("by", BYS)
+def test_scores_that_are_no_numbers_are_refused(by: By) -> None:
+    """A layer whose weights are NaN is named, or the path that it spoils."""
+    backbone = opened("llama")
+    weight = backbone.model.model.layers[2].mlp.down_proj.weight
+    kept = weight.detach().clone()
+    try:
+        weight.data.fill_(math.nan)
+        with pytest.raises(OfframpError, match=r"layer 2 .*--weights fp32"):
+            search(backbone, some(backbone), 3, by)
+    finally:
+        weight.data.copy_(kept)
