@@ -14,6 +14,7 @@ from pydantic import Field
 
 from offramp.backbone import Backbone, Shape
 from offramp.checks import FULL_HEAD, Check, FullHead, GateFile, Head
+from offramp.classifier import Classified, load_classifier
 from offramp.decode import MAX_WAITING, decode
 from offramp.errors import UsageError
 from offramp.files import write_text
@@ -47,6 +48,9 @@ class Exit(Record):
     """Whether the prompt, too, may leave early (for one-token answers)."""
     check: Annotated[Check, Field(discriminator="kind")] = FULL_HEAD
     """What the signal is computed from; with a gate, the signal is ``gate``."""
+    classifier: str | None = None
+    """Path of a stored classifier, from the folder the program runs in; its score is the signal
+    ``classifier``."""
     head: Annotated[Head, Field(discriminator="kind")] = FULL_HEAD
     """What chooses the token of a row that leaves; a full check then looks at that, too."""
 
@@ -56,14 +60,19 @@ class Exit(Record):
         return self.head if isinstance(self.check, FullHead) else self.check
 
     @cached_property
-    def policy(self) -> Threshold | Gate:
+    def policy(self) -> Threshold | Gate | Classified:
         """Return the policy this describes.
 
         Raises:
             UsageError: an unknown signal, or a threshold out of its range.
-            OfframpError: the gates cannot be read.
+            OfframpError: the gates or the classifier cannot be read.
         """
         thresholds = tuple(sorted(self.thresholds.items()))
+        if (self.classifier is None) == (self.signal == "classifier"):
+            raise UsageError(
+                "'classifier' thresholds need the file of a classifier, and a classifier has no "
+                f"other signal, such as {self.signal!r}"
+            )
         if isinstance(self.check, GateFile) != (self.signal == "gate"):
             raise UsageError(
                 f"the signal {self.signal!r} does not go with the check {self.check}: 'gate' "
@@ -71,6 +80,8 @@ class Exit(Record):
             )
         if isinstance(self.check, GateFile):
             return Gate(load_gate(FilePath(self.check.file)), thresholds)
+        if self.classifier is not None:
+            return Classified(load_classifier(FilePath(self.classifier)), thresholds)
         return Threshold(self.signal, thresholds)
 
     def must_fit(self, backbone: Backbone) -> None:
@@ -88,6 +99,8 @@ class Exit(Record):
             )
         if isinstance(self.policy, Gate):
             self.policy.weights.must_fit(backbone)
+        if isinstance(self.policy, Classified):
+            self.policy.classifier.must_fit(backbone, str(self.sees))
 
 
 class Speculate(Record):

@@ -10,6 +10,7 @@ import typer
 from offramp import __version__
 from offramp.cli.bench import bench
 from offramp.cli.export import export
+from offramp.cli.fit import fit
 from offramp.cli.generate import generate
 from offramp.cli.inspect import inspect
 from offramp.cli.output import visible
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (inspect, tune, generate, trace, bench, export):
+for verb in (inspect, tune, fit, generate, trace, bench, export):
     app.command()(verb)
 
 

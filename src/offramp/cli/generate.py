@@ -33,6 +33,8 @@ def generate(
     head: o.HeadText = None,
     threshold: o.ThresholdText = None,
     check: o.CheckText = None,
+    classifier: o.ClassifierFile = None,
+    exit_prompt: o.ExitPrompt = False,
     kv: o.KeyValues = o.KV.exact,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the K most probable tokens; 0 keeps all.")] = 0,
@@ -76,6 +78,8 @@ def generate(
         head=head,
         threshold=threshold,
         check=check,
+        classifier=classifier,
+        exit_prompt=exit_prompt,
         kv=kv,
     )
     from rich.console import Console

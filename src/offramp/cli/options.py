@@ -135,6 +135,20 @@ HeadText = Annotated[
         "token ids are the most frequent, a file lists those of a narrow task.",
     ),
 ]
+ClassifierFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--classifier",
+        help="Lossy: leave where the classifier that 'offramp fit' wrote says so; its own bar at "
+        "every exit is 0, and --threshold classifier=DEPTH:VALUE,... sets others.",
+    ),
+]
+ExitPrompt = Annotated[
+    bool,
+    typer.Option(
+        "--exit-prompt", help="The prompt, too, may leave early: for answers of one token."
+    ),
+]
 KeyValues = Annotated[
     KV,
     typer.Option(
@@ -170,25 +184,32 @@ def parse_plan(
     head: str | None = None,
     threshold: str | None = None,
     check: str | None = None,
+    classifier: Path | None = None,
+    exit_prompt: bool = False,
     kv: KV = KV.exact,
 ) -> Plan:
     """Return the plan that the options describe; at most one way of describing it is allowed.
 
     Raises:
         UsageError: two ways at once, or a threshold or check that cannot be read.
-        OfframpError: the plan file or the gates cannot be read.
+        OfframpError: the plan file, the gates or the classifier cannot be read.
     """
     from offramp.checks import parse_check, parse_head
     from offramp.paths import prefix
     from offramp.plan import Exit, Plan, Speculate, read_plan
     from offramp.plan import Path as SubModel
 
+    if classifier is not None:
+        learnt = _learnt(classifier)
+        threshold, check = threshold or learnt[0], check or learnt[1]
     given = {"--plan": plan, "--draft": draft, "--exit": exit_depth, "--threshold": threshold}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise UsageError(f"{' and '.join(named)} exclude each other")
     if check is not None and threshold is None:
         raise UsageError("--check says what a --threshold looks at; give one")
+    if exit_prompt and threshold is None:
+        raise UsageError("--exit-prompt goes with --threshold or --classifier; give one")
     if head is not None and exit_depth is None and threshold is None:
         raise UsageError("--head says what chooses the tokens of --exit or --threshold; give one")
     if draft is not None:
@@ -205,10 +226,30 @@ def parse_plan(
         signal, values = parse_threshold(threshold)
         looked_at = parse_check(check or "full")
         chooses = parse_head(head or "full")
-        run = Exit(signal=signal, thresholds=values, kv=kv.value, check=looked_at, head=chooses)
+        run = Exit(
+            signal=signal,
+            thresholds=values,
+            kv=kv.value,
+            exit_prompt=exit_prompt,
+            check=looked_at,
+            classifier=None if classifier is None else str(classifier),
+            head=chooses,
+        )
         _ = run.policy  # refuses an unknown signal or a value out of range before a model loads
         return Plan(run=run)
     return Plan() if plan in (None, "full") else read_plan(Path(str(plan)))
+
+
+def _learnt(file: Path) -> tuple[str, str | None]:
+    """Return a classifier's own thresholds and check, as one would write them.
+
+    A list of tokens, of which it knows the digest only, has to be given again.
+    """
+    from offramp.classifier import load_classifier
+
+    facts = load_classifier(file).facts
+    pairs = ",".join(f"{depth}:0" for depth in facts.exits)
+    return f"classifier={pairs}", None if facts.check.startswith("tokens:") else facts.check
 
 
 def parse_threshold(text: str) -> tuple[str, dict[int, float]]:
