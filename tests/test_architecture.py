@@ -28,7 +28,7 @@ ORDER = [
     ("sample", "paths", "cost"),
     ("request",),
     ("decode",),
-    ("speculate",),
+    ("speculate", "skipping"),
     ("trace",),
     ("gate",),
     ("adainfer",),

@@ -20,7 +20,7 @@ from offramp.cost import (
     path_ratio,
     speculation_ratio,
 )
-from offramp.plan import Exit, Full, Path, Run, Speculate
+from offramp.plan import Exit, Full, Path, Run, Skip, Speculate
 from offramp.policy import Threshold
 from offramp.timing import Constants
 from offramp.trace import Trace, replay
@@ -162,6 +162,9 @@ def at_best(run: Run, shape: Shape, constants: Constants) -> float:
             shares = [1.0] + [0.0] * (len(exits) - 1)
             check = _in_heads(run.check, shape)
             return exit_ratio(shape, exits, shares, constants, copy=run.kv == "copy", check=check)
+        case Skip():  # a token may skip all but the layers without a gate
+            depth = shape.num_layers - len(run.weights.weights)
+            return path_ratio(shape, max(depth, 1), constants)
         case Speculate():
             ratios = (
                 speculation_ratio(shape, len(run.draft), tokens, 1.0, constants)

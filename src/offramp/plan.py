@@ -23,6 +23,7 @@ from offramp.paths import check_path
 from offramp.policy import Threshold, check_exits
 from offramp.records import Record, read_record
 from offramp.request import Request, Token
+from offramp.skipping import SkipGates, load_skip_gates, skip
 from offramp.speculate import Draft, speculate
 
 
@@ -136,7 +137,28 @@ class Path(Record):
         self.head.must_fit(backbone.shape)
 
 
-Run = Full | Exit | Speculate | Path
+class Skip(Record):
+    """Pass layers by, token by token, where gates say so. Lossy."""
+
+    kind: Literal["skip"] = "skip"
+    gates: str
+    """Path of the skip gates, from the folder the program runs in."""
+
+    @cached_property
+    def weights(self) -> SkipGates:
+        """Return the gates.
+
+        Raises:
+            OfframpError: they cannot be read.
+        """
+        return load_skip_gates(FilePath(self.gates))
+
+    def must_fit(self, backbone: Backbone) -> None:
+        """Refuse gates of a model of another shape."""
+        self.weights.must_fit(backbone)
+
+
+Run = Full | Exit | Speculate | Path | Skip
 
 
 class ModelId(Record):
@@ -232,5 +254,7 @@ def execute(
             ends = {token for request in requests for token in request.eos}
             head = run.head.choose(backbone, ends)
             return decode(backbone, requests, layers=run.layers, head=head, batch_size=batch_size)
+        case Skip():
+            return skip(backbone, requests, run.weights, batch_size=batch_size)
         case Speculate():
             return speculate(backbone, requests, run.drafter, batch_size=batch_size)

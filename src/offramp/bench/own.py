@@ -22,7 +22,7 @@ from offramp.hf.backbone import HFBackbone
 from offramp.hf.load import GENERIC_FORMATS
 from offramp.meter import Meter
 from offramp.model import BackboneName, Model, load
-from offramp.plan import Exit, Full, Plan, Run, Speculate, cheap_weights, execute
+from offramp.plan import Exit, Full, Plan, Run, Skip, Speculate, cheap_weights, execute
 from offramp.plan import Path as SubModel
 from offramp.request import Request
 from offramp.text import encode
@@ -135,6 +135,8 @@ def describe(run: Run) -> str:
             return _layers("first", run.layers) + _unless_full(run.head)
         case Speculate():
             return f"{_layers('draft', run.draft)}, {run.tokens} tokens"
+        case Skip():
+            return f"skip gates of {len(run.weights.weights)} layers"
         case Exit():
             cuts = ",".join(f"{depth}:{value:g}" for depth, value in run.policy.thresholds)
             return f"{run.signal}={cuts} {run.kv}{_unless_full(run.check)}"

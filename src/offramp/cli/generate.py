@@ -35,6 +35,7 @@ def generate(
     check: o.CheckText = None,
     classifier: o.ClassifierFile = None,
     exit_prompt: o.ExitPrompt = False,
+    skip: o.SkipFile = None,
     kv: o.KeyValues = o.KV.exact,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the K most probable tokens; 0 keeps all.")] = 0,
@@ -80,6 +81,7 @@ def generate(
         check=check,
         classifier=classifier,
         exit_prompt=exit_prompt,
+        skip=skip,
         kv=kv,
     )
     from rich.console import Console

@@ -143,6 +143,14 @@ ClassifierFile = Annotated[
         "every exit is 0, and --threshold classifier=DEPTH:VALUE,... sets others.",
     ),
 ]
+SkipFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--skip",
+        help="Lossy: each token passes by the layers that its skip gates name "
+        "(gates.safetensors of 'offramp tune --recipe skip').",
+    ),
+]
 ExitPrompt = Annotated[
     bool,
     typer.Option(
@@ -185,6 +193,7 @@ def parse_plan(
     threshold: str | None = None,
     check: str | None = None,
     classifier: Path | None = None,
+    skip: Path | None = None,
     exit_prompt: bool = False,
     kv: KV = KV.exact,
 ) -> Plan:
@@ -196,13 +205,19 @@ def parse_plan(
     """
     from offramp.checks import parse_check, parse_head
     from offramp.paths import prefix
-    from offramp.plan import Exit, Plan, Speculate, read_plan
+    from offramp.plan import Exit, Plan, Skip, Speculate, read_plan
     from offramp.plan import Path as SubModel
 
     if classifier is not None:
         learnt = _learnt(classifier)
         threshold, check = threshold or learnt[0], check or learnt[1]
-    given = {"--plan": plan, "--draft": draft, "--exit": exit_depth, "--threshold": threshold}
+    given = {
+        "--plan": plan,
+        "--draft": draft,
+        "--exit": exit_depth,
+        "--skip": skip,
+        "--threshold": threshold,
+    }
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise UsageError(f"{' and '.join(named)} exclude each other")
@@ -219,6 +234,10 @@ def parse_plan(
         return Plan(
             run=Speculate(draft=layers, tokens=draft_tokens, min_confidence=draft_confidence)
         )
+    if skip is not None:
+        skipping = Skip(gates=str(skip))
+        _ = skipping.weights  # refuses a file that is none before a model loads
+        return Plan(run=skipping)
     if exit_depth is not None:
         layers = prefix(exit_depth, max(exit_depth, 1))
         return Plan(run=SubModel(layers=layers, head=parse_head(head or "full")))
