@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-SHOTS = 4
+SHOTS, LONG_SHOTS = 4, 2
+LONG = ("commonsense_qa", "mmlu")
+"""Tasks of long questions, which get fewer demonstrations."""
 TOPICS = ("World", "Sports", "Business", "Technology")
 
 
@@ -33,8 +35,9 @@ def items(name: str, data: Path, limit: int, seed: int = 0) -> list[Item]:
     draw = random.Random(f"{seed} {name}")
     pairs = sorted(set(TASKS[name](data)))
     draw.shuffle(pairs)
-    shown = "".join(f"{question}{answer}\n\n" for question, answer in pairs[:SHOTS])
-    return [Item(shown + question, answer) for question, answer in pairs[SHOTS : SHOTS + limit]]
+    shots = LONG_SHOTS if name in LONG else SHOTS
+    shown = "".join(f"{question}{answer}\n\n" for question, answer in pairs[:shots])
+    return [Item(shown + question, answer) for question, answer in pairs[shots : shots + limit]]
 
 
 def _sst2(data: Path) -> list[tuple[str, str]]:
@@ -65,7 +68,7 @@ def _mmlu(data: Path) -> list[tuple[str, str]]:
     return [
         (_choice(row["question"], row["choices"]), f" {row['answer']}")
         for row in rows
-        if len(row["question"]) < 200
+        if len(row["question"]) + sum(map(len, row["choices"])) < 250
     ]
 
 
