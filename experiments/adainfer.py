@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from adainfer_tasks import TASKS, items
 from torch import Tensor
 
 import offramp
-from offramp.adainfer.fit import Recipe, fit_classifier
+from offramp.adainfer.fit import fit_classifier
 from offramp.adainfer.judge import policy_of
 from offramp.adainfer.labels import joined, part, targets
 from offramp.backbone import Backbone
@@ -38,14 +39,17 @@ from offramp.signals import score
 from offramp.trace import Trace, load_trace, record, replay
 
 CHECKS: tuple[Check, ...] = (FULL_HEAD, Shortlist(size=4096))
+Fit = Callable[[Trace], Classifier]
 KINDS: tuple[Kind, ...] = ("svm", "logistic", "crf", "rule")
-VARIANTS = {
-    "every 3rd exit": Recipe("svm"),
-    "a classifier per exit": Recipe("svm", pooled=False),
-    "label gold": Recipe("svm", label="gold"),
-    "label stable": Recipe("svm", label="stable"),
-    "features and depth": Recipe("svm", features=("margin", "max_prob", "entropy", "depth")),
-    "crf, a classifier per exit": Recipe("crf", pooled=False),
+VARIANTS: dict[str, Fit] = {
+    "every 3rd exit": fit_classifier,
+    "a classifier per exit": partial(fit_classifier, pooled=False),
+    "label gold": partial(fit_classifier, label="gold"),
+    "label stable": partial(fit_classifier, label="stable"),
+    "features and depth": partial(
+        fit_classifier, features=("margin", "max_prob", "entropy", "depth")
+    ),
+    "crf, a classifier per exit": partial(fit_classifier, kind="crf", pooled=False),
 }
 SIGNALS = ("margin", "max_prob", "entropy")
 
@@ -158,7 +162,7 @@ def _rows(traces: dict[str, dict[str, Trace]], backbone: Backbone) -> Iterator[d
     for check in CHECKS:
         for scope in _scopes(traces, str(check)):
             for kind in KINDS:
-                fitted = _fitted(scope.train, Recipe(kind))
+                fitted = _fitted(scope.train, partial(fit_classifier, kind=kind))
                 yield _row(f"{kind}", fitted, scope, check, backbone)
 
 
@@ -167,14 +171,14 @@ def _variants(traces: dict[str, dict[str, Trace]], backbone: Backbone) -> Iterat
     for scope in _scopes(traces, "full"):
         if scope.name != "all":
             continue
-        for name, recipe in VARIANTS.items():
+        for name, fit in VARIANTS.items():
             few = name == "every 3rd exit"
             own = (
                 replace(scope, train=_every_third(scope.train), test=_every_third(scope.test))
                 if few
                 else scope
             )
-            yield _row(name, _fitted(own.train, recipe), own, FULL_HEAD, backbone)
+            yield _row(name, _fitted(own.train, fit), own, FULL_HEAD, backbone)
 
 
 def _every_third(trace: Trace) -> Trace:
@@ -188,10 +192,10 @@ def _every_third(trace: Trace) -> Trace:
     )
 
 
-def _fitted(trace: Trace, recipe: Recipe) -> Classifier | str:
+def _fitted(trace: Trace, fit: Fit) -> Classifier | str:
     """Return the classifier, or why there is none: a task whose exits are all right, or none."""
     try:
-        return fit_classifier(trace, recipe)
+        return fit(trace)
     except offramp.UsageError as error:
         return str(error)
 

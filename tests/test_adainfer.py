@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from offramp.adainfer.fit import RULE_BAR, Recipe, fit_classifier
+from offramp.adainfer.fit import fit_classifier
 from offramp.adainfer.judge import cross_validate, judge, policy_of
 from offramp.adainfer.labels import joined, labels, part, table, targets
 from offramp.adainfer.linear import Linear, estimator
@@ -87,10 +87,10 @@ def scores(classifier: Classifier, trace: Trace, upto: int = len(EXITS)) -> Tens
 def test_linear_classifiers_are_those_of_scikit_learn(kind: Linear, pooled: bool) -> None:
     """Its pipeline, fitted to the same data, scores other data as the stored numbers do."""
     trace, other = toy(), toy(seed=1)
-    recipe = Recipe(kind, features=("margin", "max_prob", "depth"), pooled=pooled)
-    ours = scores(fit_classifier(trace, recipe), other)
-    rows, right = table(trace, recipe.features).numpy(), trace.agrees.numpy()
-    new = table(other, recipe.features).numpy()
+    names = ("margin", "max_prob", "depth")
+    ours = scores(fit_classifier(trace, kind, features=names, pooled=pooled), other)
+    rows, right = table(trace, names).numpy(), trace.agrees.numpy()
+    new = table(other, names).numpy()
     flat = (rows.reshape(-1, 3), right.reshape(-1))
     for k in range(len(EXITS)):
         theirs = make_pipeline(StandardScaler(), estimator(kind))
@@ -103,7 +103,7 @@ def test_the_random_field_is_crfsuites(pooled: bool, tmp_path: Path) -> None:
     """Fitted by CRFsuite, its marginals over each prefix are our causal probabilities, to 1e-6."""
     trace, other = toy(), toy(6, seed=1)
     names = ("margin", "max_prob")
-    ours = torch.sigmoid(scores(fit_classifier(trace, Recipe("crf", pooled=pooled)), other))
+    ours = torch.sigmoid(scores(fit_classifier(trace, "crf", pooled=pooled), other))
     rows = table(trace, names)
     dims = (0, 1) if pooled else (0,)
     mean, spread = rows.mean(dims), rows.std(dims, unbiased=False)
@@ -145,7 +145,7 @@ def test_a_classifier_beats_the_more_frequent_answer(kind: Kind) -> None:
     """On texts held out, where there is something to learn."""
 
     def make(trace: Trace) -> Classifier:
-        return fit_classifier(trace, Recipe(kind))
+        return fit_classifier(trace, kind)
 
     judged = cross_validate(make, toy(), label="final", exit_prompt=True)
     for one in judged.exits:
@@ -159,8 +159,8 @@ def test_a_classifier_beats_the_more_frequent_answer(kind: Kind) -> None:
 def test_the_rule_is_a_threshold_on_the_gap() -> None:
     """0.8, whatever it is shown; it replays as the plain threshold does."""
     trace = toy()
-    policy = policy_of(fit_classifier(trace, Recipe("rule")))
-    plain = Threshold("margin", tuple((depth, RULE_BAR) for depth in EXITS))
+    policy = policy_of(fit_classifier(trace, "rule"))
+    plain = Threshold("margin", tuple((depth, 0.8) for depth in EXITS))
     assert torch.equal(replay(trace, policy).depths, replay(trace, plain).depths)
 
 
@@ -171,7 +171,7 @@ def test_the_rule_is_a_threshold_on_the_gap() -> None:
 def test_a_row_is_judged_by_itself_and_by_no_later_exit(kind: Kind) -> None:
     """The same alone and in company, whatever later exits say."""
     trace = toy()
-    classifier = fit_classifier(trace, Recipe(kind, pooled=False))
+    classifier = fit_classifier(trace, kind, pooled=False)
     together = scores(classifier, trace)
     alone = [scores(classifier, part(trace, [text])) for text in range(len(trace.lengths))]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
@@ -184,7 +184,7 @@ def test_only_a_random_field_remembers() -> None:
     changed = replace(trace, scores={n: v.clone() for n, v in trace.scores.items()})
     changed.scores["margin"][:, 0] = 0
     for kind in LEARNT:
-        classifier = fit_classifier(trace, Recipe(kind))
+        classifier = fit_classifier(trace, kind)
         moved = scores(classifier, changed)[:, 1] - scores(classifier, trace)[:, 1]
         assert bool(moved.any()) == (kind == "crf")
 
@@ -193,8 +193,10 @@ def test_a_classifier_that_looks_back_is_asked_at_every_exit() -> None:
     """From the first it was fitted at; one that does not may be asked anywhere."""
     trace = toy()
     Classified(fit_classifier(trace), ((4, 0.0),))
-    for recipe in (Recipe("crf"), Recipe(features=("saturation",))):
-        classifier = fit_classifier(trace, recipe)
+    for classifier in (
+        fit_classifier(trace, "crf"),
+        fit_classifier(trace, features=("saturation",)),
+    ):
         Classified(classifier, ((1, 3.0), (2, 0.0)))
         with pytest.raises(UsageError, match="looks back"):
             Classified(classifier, ((2, 0.0), (4, 0.0)))
@@ -252,7 +254,7 @@ def fitted(name: str, kind: Kind, **settings: Any) -> Classifier:
     """A classifier of a tiny model, fitted on random text."""
     backbone = opened(name)
     texts = [(ids, 1) for ids in texts_of(backbone, [20] * 6, seed=9)]
-    return fit_classifier(record(backbone, texts, EXITS), Recipe(kind, **settings))
+    return fit_classifier(record(backbone, texts, EXITS), kind, **settings)
 
 
 def halves(classifier: Classifier, trace: Trace) -> Classified:
@@ -304,7 +306,7 @@ def test_classifiers_survive_the_disk(tmp_path: Path) -> None:
     """What is saved is what is loaded, bit for bit."""
     path = tmp_path / "c.safetensors"
     for kind in (*LEARNT, "rule"):
-        classifier = fit_classifier(toy(), Recipe(kind))
+        classifier = fit_classifier(toy(), kind)
         classifier.save(path)
         loaded = load_classifier(path)
         assert loaded.facts == classifier.facts
@@ -340,7 +342,7 @@ TAMPERED: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
 def test_a_tampered_classifier_is_refused(tmp_path: Path, how: str) -> None:
     """Whatever was changed: weights, facts, figures."""
     path = tmp_path / "c.safetensors"
-    fit_classifier(toy(), Recipe("crf")).save(path)
+    fit_classifier(toy(), "crf").save(path)
     rewritten(path, lambda *_: None)
     load_classifier(path)
     rewritten(path, TAMPERED[how])
@@ -429,7 +431,7 @@ def test_what_nothing_can_be_fitted_to(kind: Kind, wrong: str) -> None:
     """One sentence with the remedy; no warning, no traceback of a library."""
     make, said = BAD[wrong]
     with pytest.raises(UsageError, match=said):
-        fit_classifier(make(), Recipe(kind))
+        fit_classifier(make(), kind)
 
 
 @pytest.mark.parametrize("kind", LEARNT)
@@ -437,7 +439,7 @@ def test_one_constant_feature_and_one_hopeless_exit_do_no_harm(kind: Kind) -> No
     """They have no weight, and the exit says what it always is."""
     trace = with_scores(lambda x: x.fill_(0.25), "max_prob")
     trace.chosen[:, 0] = 8
-    classifier = fit_classifier(trace, Recipe(kind, pooled=False))
+    classifier = fit_classifier(trace, kind, pooled=False)
     assert not classifier.weights[:, 1].any()
     assert bool((scores(classifier, trace)[:, 0] < 0).all())
 
@@ -446,7 +448,7 @@ def test_a_row_without_a_number_never_leaves() -> None:
     """A score that is NaN reaches no threshold, nor does what remembers it."""
     trace = with_scores(lambda x: x[7].fill_(torch.nan), "margin")
     for kind in LEARNT:
-        done = replay(trace, policy_of(fit_classifier(toy(), Recipe(kind))), exit_prompt=True)
+        done = replay(trace, policy_of(fit_classifier(toy(), kind)), exit_prompt=True)
         assert done.depths[7].item() == 6
 
 
@@ -455,7 +457,7 @@ def test_what_does_not_go_together_is_refused() -> None:
     trace = toy()
     for names in ((), ("margin", "margin"), ("tea_leaves",)):
         with pytest.raises(UsageError, match="features"):
-            fit_classifier(trace, Recipe(features=names))
+            fit_classifier(trace, features=names)
     for changes in ({"fingerprint": "x"}, {"exits": (1, 2, 3, 4)}, {"check": "shortlist:8"}):
         with pytest.raises(UsageError, match="differ in their"):
             joined([trace, replace(trace, **changes)])
@@ -473,7 +475,7 @@ def test_what_does_not_go_together_is_refused() -> None:
         judge(classifier, replace(trace, exits=(1, 2, 3, 5)), label="final")
     with pytest.raises(UsageError, match="not a number"):
         Classified(classifier, ((1, float("nan")),))
-    remembers = fit_classifier(trace, Recipe("crf"))
+    remembers = fit_classifier(trace, "crf")
     wider = replace(trace, exits=(1, 2, 3, 4))
     with pytest.raises(UsageError, match="neighbouring"):
         replay(

@@ -20,7 +20,7 @@ ORDER = [
     ("backbone",),
     ("checks",),
     ("signals",),
-    ("policy",),
+    ("policy", "features"),
     ("classifier",),
     ("exits",),
     ("step",),

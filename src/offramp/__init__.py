@@ -13,24 +13,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from offramp.adainfer.fit import fit_classifier
     from offramp.checks import GateFile, LowRank, Shortlist, Tokens
     from offramp.errors import OfframpError, UnsupportedModelError, UsageError
     from offramp.gate import fit_gate
     from offramp.hf.door import custom_generate
     from offramp.model import Model, Output, Piece, Result, load
-    from offramp.plan import Exit, Full, Path, Plan, Speculate, read_plan, write_plan
+    from offramp.plan import Exit, Full, Path, Plan, Skip, Speculate, read_plan, write_plan
     from offramp.sample import Sampling
     from offramp.trace import Trace, load_trace, record, replay
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adainfer.fit": ("fit_classifier",),
     "checks": ("GateFile", "LowRank", "Shortlist", "Tokens"),
     "errors": ("OfframpError", "UnsupportedModelError", "UsageError"),
     "gate": ("fit_gate",),
     "hf.door": ("custom_generate",),
     "model": ("Model", "Output", "Piece", "Result", "load"),
-    "plan": ("Exit", "Full", "Path", "Plan", "Speculate", "read_plan", "write_plan"),
+    "plan": ("Exit", "Full", "Path", "Plan", "Skip", "Speculate", "read_plan", "write_plan"),
     "sample": ("Sampling",),
     "trace": ("Trace", "load_trace", "record", "replay"),
 }
@@ -49,12 +51,14 @@ __all__ = [
     "Result",
     "Sampling",
     "Shortlist",
+    "Skip",
     "Speculate",
     "Tokens",
     "Trace",
     "UnsupportedModelError",
     "UsageError",
     "custom_generate",
+    "fit_classifier",
     "fit_gate",
     "load",
     "load_trace",

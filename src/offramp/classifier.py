@@ -24,16 +24,13 @@ from torch import Tensor
 
 from offramp.backbone import Backbone
 from offramp.errors import OfframpError, UsageError
+from offramp.features import check_features, features, looks_back
 from offramp.files import write_tensors
 from offramp.probe import Probe
 from offramp.records import Record
-from offramp.signals import find, registry, score
 
 Kind = Literal["svm", "logistic", "crf", "rule"]
 Label = Literal["final", "gold", "stable"]
-
-DEPTH = "depth"
-"""A feature beside the signals: the share of the model's layers that have run."""
 
 _KEY, _DIGEST = "offramp_classifier", "sha256"
 _MOST_BYTES = 2**24
@@ -83,7 +80,7 @@ class Classifier:
     @property
     def looks_back(self) -> bool:
         """Return whether a score depends on which exits there are before."""
-        return self.facts.kind == "crf" or any(map(_looks_back, self.facts.features))
+        return self.facts.kind == "crf" or any(map(looks_back, self.facts.features))
 
     def score(self, probe: Probe) -> Tensor:
         """Return ``[S]`` fp64: above 0 where the classifier says stop.
@@ -152,36 +149,6 @@ def carried(before: Tensor, transitions: Tensor) -> Tensor:
     from_go, from_stop = transitions.to(before.device)
     stop = torch.logaddexp(before + from_stop[1], from_go[1])
     return stop - torch.logaddexp(before + from_stop[0], from_go[0])
-
-
-def features(probe: Probe, names: tuple[str, ...]) -> Tensor:
-    """Return the features of each row, ``[S, F]`` fp64: the same online and from a trace."""
-    columns = [
-        torch.full((len(probe.rows),), probe.depth / probe.num_layers, device=probe.rows.device)
-        if name == DEPTH
-        else score(probe, name)
-        for name in names
-    ]
-    return torch.stack([column.double() for column in columns], 1)
-
-
-def check_features(names: tuple[str, ...]) -> None:
-    """Refuse names that are no features.
-
-    Raises:
-        UsageError: none, one twice, or one that is neither ``depth`` nor a signal.
-    """
-    known = {*registry(), DEPTH}
-    unknown = [name for name in names if name not in known]
-    if unknown or not names or len(set(names)) < len(names):
-        raise UsageError(
-            f"features {', '.join(names) or '(none)'}: name different ones of "
-            f"{', '.join(sorted(known))}"
-        )
-
-
-def _looks_back(name: str) -> bool:
-    return name != DEPTH and find(name).looks_back
 
 
 @dataclass(frozen=True, eq=False)

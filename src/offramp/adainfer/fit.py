@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,19 +21,17 @@ RULE_BAR = 0.8
 """The gap from which AdaInfer's rule leaves."""
 LEAST_TEXTS = 4
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """What to fit, apart from the data."""
-
-    kind: Kind = "svm"
-    label: Label = "final"
-    features: tuple[str, ...] = FEATURES
-    pooled: bool = True
-    """One classifier for all exits, as AdaInfer's; else one for each."""
+Fitted = Literal["svm", "logistic", "crf"]
 
 
-def fit_classifier(traces: Trace | Sequence[Trace], recipe: Recipe | None = None) -> Classifier:
+def fit_classifier(
+    traces: Trace | Sequence[Trace],
+    kind: Kind = "svm",
+    *,
+    label: Label = "final",
+    features: tuple[str, ...] = FEATURES,
+    pooled: bool = True,
+) -> Classifier:
     """Return a classifier fitted to all rows and exits of the traces. Deterministic.
 
     Features are standardised for fitting, and the weights then told for features as they are. The
@@ -43,31 +40,33 @@ def fit_classifier(traces: Trace | Sequence[Trace], recipe: Recipe | None = None
     Args:
         traces: one, or several of the same model, exits and check: what they are of (one task or
             many) is what the classifier is for.
-        recipe: the kind and its settings; AdaInfer's by default.
+        kind: what is fitted; AdaInfer's by default.
+        label: when it is right to leave (see :func:`offramp.adainfer.labels.labels`).
+        features: names of signals, or ``depth``; those of the rule are its own.
+        pooled: one classifier for all exits, as AdaInfer's; else one for each.
 
     Raises:
         UsageError: fewer than four texts; every row right at every exit, or none at any; features
             that never change, or that are not finite; traces that do not go together.
         OfframpError: the kind is fitted by scikit-learn, which is not installed.
     """
-    recipe = recipe or Recipe()
     trace = traces if isinstance(traces, Trace) else joined(traces)
-    names = ("margin",) if recipe.kind == "rule" else recipe.features
-    rows, right = table(trace, names), labels(trace, recipe.label)
-    if recipe.kind == "rule":
+    names = ("margin",) if kind == "rule" else features
+    rows, right = table(trace, names), labels(trace, label)
+    if kind == "rule":
         weights, biases, transitions = _rule(len(trace.exits))
     else:
-        _check_data(trace, rows, right, recipe.label)
-        weights, biases, transitions = _fitted(recipe, rows, right)
+        _check_data(trace, rows, right, label)
+        weights, biases, transitions = _fitted(kind, rows, right, pooled=pooled)
     facts = Facts(
-        kind=recipe.kind,
-        label=recipe.label,
+        kind=kind,
+        label=label,
         features=names,
         exits=trace.exits,
         num_layers=trace.num_layers,
         fingerprint=trace.fingerprint,
         check=trace.check,
-        pooled=recipe.pooled or recipe.kind == "rule",
+        pooled=pooled or kind == "rule",
         fitted_on=_summary(trace, right),
     )
     return Classifier(facts, weights, biases, transitions)
@@ -78,27 +77,30 @@ def _rule(exits: int) -> tuple[Tensor, Tensor, Tensor]:
     return weights, torch.full_like(weights[:, 0], -RULE_BAR), weights.new_zeros(2, 2)
 
 
-def _fitted(recipe: Recipe, rows: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fitted(
+    kind: Fitted, rows: Tensor, right: Tensor, *, pooled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return weights ``[E, F]``, biases ``[E]`` and transitions for the features as they are."""
-    dims = (0, 1) if recipe.pooled else (0,)
+    dims = (0, 1) if pooled else (0,)
     mean, spread = rows.mean(dims), rows.std(dims, unbiased=False)
     flat = spread <= 1e-9 * rows.abs().amax(dims)  # what never changes must have no weight
     spread = torch.where(flat, torch.inf, spread)
     inputs = (rows - mean) / spread
-    weights, biases, transitions = _plane(recipe, inputs, right)
+    weights, biases, transitions = _plane(kind, inputs, right, pooled=pooled)
     weights = weights / spread
     return weights, biases - (weights * mean).sum(-1), transitions
 
 
-def _plane(recipe: Recipe, inputs: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _plane(
+    kind: Fitted, inputs: Tensor, right: Tensor, *, pooled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     exits = inputs.shape[1]
-    if recipe.kind == "crf":
-        return fit_chain(inputs, right, pooled=recipe.pooled)
-    assert recipe.kind != "rule"
-    if recipe.pooled:
-        found = [fit_linear(recipe.kind, inputs.flatten(0, 1), right.flatten())] * exits
+    if kind == "crf":
+        return fit_chain(inputs, right, pooled=pooled)
+    if pooled:
+        found = [fit_linear(kind, inputs.flatten(0, 1), right.flatten())] * exits
     else:
-        found = [fit_linear(recipe.kind, inputs[:, k], right[:, k]) for k in range(exits)]
+        found = [fit_linear(kind, inputs[:, k], right[:, k]) for k in range(exits)]
     weights, biases = zip(*found, strict=True)
     return torch.stack(weights), torch.stack(biases), inputs.new_zeros(2, 2)
 

@@ -12,8 +12,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from offramp.classifier import DEPTH, Label, check_features, features
+from offramp.classifier import Label
 from offramp.errors import UsageError
+from offramp.features import DEPTH, check_features, features
 from offramp.probe import Probe
 from offramp.trace import Trace
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -15,7 +17,6 @@ from offramp.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from offramp.adainfer.fit import Recipe
     from offramp.adainfer.judge import Judgement
     from offramp.classifier import Classifier
     from offramp.classifier import Kind as Classical
@@ -108,15 +109,11 @@ def fit(
         raise UsageError("a trace brings its model, exits and check; leave them out with --trace")
     if kind is Kind.gate and label is not Label.final:
         raise UsageError("gates are fitted to the last layer's choice: --label final")
-    from offramp.adainfer.fit import Recipe
     from offramp.checks import parse_check
+    from offramp.cli.output import environment, finish
     from offramp.trace import load_trace
 
     looked_at = parse_check(check or "full")
-    recipe = None  # gates have none
-    if kind is not Kind.gate:
-        named = cast("Classical", kind.value)
-        recipe = Recipe(named, label.value, tuple(features.split(",")), pooled=not per_exit)
     tests = {str(path): load_trace(path) for path in test or ()}
     if trace:
         from offramp.adainfer.labels import joined
@@ -140,9 +137,11 @@ def fit(
             )
         )
         data = traced(loaded, texts, depths, keep_hidden=kind is Kind.gate, check=looked_at)
-    fitted, judged = _fitted(data, recipe, folds=folds, exit_prompt=exit_prompt)
-    from offramp.adainfer.judge import judge
+    from offramp.adainfer.judge import cross_validate, judge
 
+    make = _maker(kind, label, tuple(features.split(",")), pooled=not per_exit)
+    fitted = make(data)
+    judged = cross_validate(make, data, label=label.value, folds=folds, exit_prompt=exit_prompt)
     on_tests = {
         name: judge(fitted, other, label=label.value, exit_prompt=exit_prompt)
         for name, other in tests.items()
@@ -158,23 +157,32 @@ def fit(
             _show(f"{kind} on {name}", one, data.num_layers, console)
         if out is not None:
             console.print(f"Written to {out}.")
-    _finish(data, kind, recipe, {"held_out": judged, **on_tests}, as_json=json)
+    result = {
+        "fingerprint": data.fingerprint,
+        "num_layers": data.num_layers,
+        "check": data.check,
+        "kind": kind.value,
+        "label": label.value,
+        "features": None if kind is Kind.gate else features.split(","),
+        "pooled": kind is not Kind.gate and not per_exit,
+        "seed": None,
+        **environment(),
+        "figures": {name: one.as_dict() for name, one in [("held_out", judged), *on_tests.items()]},
+    }
+    finish(result, as_json=json, out=None)
 
 
-def _fitted(
-    data: Trace, recipe: Recipe | None, *, folds: int, exit_prompt: bool
-) -> tuple[Classifier | GateWeights, Judgement]:
-    """Return what was fitted to everything, and the figures of cross-validation; None: gates."""
+def _maker(
+    kind: Kind, label: Label, features: tuple[str, ...], *, pooled: bool
+) -> Callable[[Trace], Classifier | GateWeights]:
+    """Return what fits this kind to a trace."""
     from offramp.adainfer.fit import fit_classifier
-    from offramp.adainfer.judge import cross_validate
     from offramp.gate import fit_gate
 
-    def make(trace: Trace) -> Classifier | GateWeights:
-        return fit_gate(trace) if recipe is None else fit_classifier(trace, recipe)
-
-    label = "final" if recipe is None else recipe.label
-    fitted = make(data)
-    return fitted, cross_validate(make, data, label=label, folds=folds, exit_prompt=exit_prompt)
+    if kind is Kind.gate:
+        return fit_gate
+    named = cast("Classical", kind.value)
+    return partial(fit_classifier, kind=named, label=label.value, features=features, pooled=pooled)
 
 
 def _show(title: str, judged: Judgement, num_layers: int, console: Console) -> None:
@@ -191,23 +199,3 @@ def _show(title: str, judged: Judgement, num_layers: int, console: Console) -> N
         f"on {judged.agreement:.1%}, the text's own on {judged.gold:.1%} (the full model: "
         f"{judged.full_gold:.1%})."
     )
-
-
-def _finish(
-    data: Trace, kind: Kind, recipe: Recipe | None, figures: dict[str, Judgement], *, as_json: bool
-) -> None:
-    from offramp.cli.output import environment, finish
-
-    result = {
-        "fingerprint": data.fingerprint,
-        "num_layers": data.num_layers,
-        "check": data.check,
-        "kind": kind.value,
-        "label": "final" if recipe is None else recipe.label,
-        "features": None if recipe is None else recipe.features,
-        "pooled": recipe is not None and recipe.pooled,
-        "seed": None,
-        **environment(),
-        "figures": {name: one.as_dict() for name, one in figures.items()},
-    }
-    finish(result, as_json=as_json, out=None)
