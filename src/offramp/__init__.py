@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from offramp.adainfer.fit import fit_classifier
     from offramp.calibrate.drift import Monitor
     from offramp.certificate import Certificate
     from offramp.checks import GateFile, LowRank, Shortlist, Tokens
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         Path,
         Plan,
         Route,
+        Skip,
         Speculate,
         read_plan,
         write_plan,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adainfer.fit": ("fit_classifier",),
     "calibrate.drift": ("Monitor",),
     "certificate": ("Certificate",),
     "checks": ("GateFile", "LowRank", "Shortlist", "Tokens"),
@@ -51,6 +54,7 @@ _HOMES = {
         "Path",
         "Plan",
         "Route",
+        "Skip",
         "Speculate",
         "read_plan",
         "write_plan",
@@ -77,12 +81,14 @@ __all__ = [
     "Route",
     "Sampling",
     "Shortlist",
+    "Skip",
     "Speculate",
     "Tokens",
     "Trace",
     "UnsupportedModelError",
     "UsageError",
     "custom_generate",
+    "fit_classifier",
     "fit_gate",
     "load",
     "load_trace",

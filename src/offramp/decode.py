@@ -9,7 +9,7 @@ from offramp.backbone import Backbone
 from offramp.policy import FULL, Policy, check_exits
 from offramp.probe import Readout
 from offramp.request import Pool, Request, Token, Writer
-from offramp.step import KV, step
+from offramp.step import KV, Outcome, step
 
 MAX_WAITING = 16
 """Tokens of one text that may wait before it runs at full depth: a late drain is a slow one."""
@@ -84,6 +84,11 @@ def advance(backbone: Backbone, writers: Sequence[Writer], way: Way) -> Iterator
             for writer in writers
         ],
     )
+    yield from written(writers, outcome)
+
+
+def written(writers: Iterable[Writer], outcome: Outcome) -> Iterator[Token]:
+    """Let each text choose its next token by what a step found, and yield it."""
     for writer, logits, depth in zip(writers, outcome.logits.split(1), outcome.depths, strict=True):
         [token] = writer.request.choose(logits, writer.text.ids, len(writer.text.ids))
         writer.text.ids.append(token)

@@ -15,6 +15,7 @@ from pydantic import Field
 from offramp.backbone import Backbone, Shape
 from offramp.certificate import Certificate, check_whole, checksum
 from offramp.checks import FULL_HEAD, Check, FullHead, GateFile, Head
+from offramp.classifier import Classified, load_classifier
 from offramp.control import check_drafts, controlled
 from offramp.cost import check_in_heads
 from offramp.decode import MAX_WAITING, Way, decode
@@ -27,6 +28,7 @@ from offramp.records import Record, read_record
 from offramp.request import Request, Token
 from offramp.route import route
 from offramp.router import RouterWeights, check_price, load_router
+from offramp.skipping import SkipGates, load_skip_gates, skip
 from offramp.speculate import Draft, speculate
 
 
@@ -52,6 +54,9 @@ class Exit(Record):
     """Whether the prompt, too, may leave early (for one-token answers)."""
     check: Annotated[Check, Field(discriminator="kind")] = FULL_HEAD
     """What the signal is computed from; with a gate, the signal is ``gate``."""
+    classifier: str | None = None
+    """Path of a stored classifier, from the folder the program runs in; its score is the signal
+    ``classifier``."""
     head: Annotated[Head, Field(discriminator="kind")] = FULL_HEAD
     """What chooses the token of a row that leaves; a full check then looks at that, too."""
 
@@ -61,14 +66,19 @@ class Exit(Record):
         return self.head if isinstance(self.check, FullHead) else self.check
 
     @cached_property
-    def policy(self) -> Threshold | Gate:
+    def policy(self) -> Threshold | Gate | Classified:
         """Return the policy this describes.
 
         Raises:
             UsageError: an unknown signal, or a threshold out of its range.
-            OfframpError: the gates cannot be read.
+            OfframpError: the gates or the classifier cannot be read.
         """
         thresholds = tuple(sorted(self.thresholds.items()))
+        if (self.classifier is None) == (self.signal == "classifier"):
+            raise UsageError(
+                "'classifier' thresholds need the file of a classifier, and a classifier has no "
+                f"other signal, such as {self.signal!r}"
+            )
         if isinstance(self.check, GateFile) != (self.signal == "gate"):
             raise UsageError(
                 f"the signal {self.signal!r} does not go with the check {self.check}: 'gate' "
@@ -76,6 +86,8 @@ class Exit(Record):
             )
         if isinstance(self.check, GateFile):
             return Gate(load_gate(FilePath(self.check.file)), thresholds)
+        if self.classifier is not None:
+            return Classified(load_classifier(FilePath(self.classifier)), thresholds)
         return Threshold(self.signal, thresholds)
 
     def must_fit(self, backbone: Backbone) -> None:
@@ -93,6 +105,8 @@ class Exit(Record):
             )
         if isinstance(self.policy, Gate):
             self.policy.weights.must_fit(backbone)
+        if isinstance(self.policy, Classified):
+            self.policy.classifier.must_fit(backbone, str(self.sees))
 
 
 class Speculate(Record):
@@ -217,7 +231,28 @@ def _check_shared(run: Full | Exit | Path, router: RouterWeights, backbone: Back
                 )
 
 
-Run = Full | Exit | Speculate | Adapt | Path | Route
+class Skip(Record):
+    """Pass layers by, token by token, where gates say so. Lossy."""
+
+    kind: Literal["skip"] = "skip"
+    gates: str
+    """Path of the skip gates, from the folder the program runs in."""
+
+    @cached_property
+    def weights(self) -> SkipGates:
+        """Return the gates.
+
+        Raises:
+            OfframpError: they cannot be read.
+        """
+        return load_skip_gates(FilePath(self.gates))
+
+    def must_fit(self, backbone: Backbone) -> None:
+        """Refuse gates of a model of another shape."""
+        self.weights.must_fit(backbone)
+
+
+Run = Full | Exit | Speculate | Adapt | Path | Route | Skip
 
 
 class ModelId(Record):
@@ -334,6 +369,8 @@ def execute(
             return route(
                 backbone, requests, run.weights, ways, price=run.price, batch_size=batch_size
             )
+        case Skip():
+            return skip(backbone, requests, run.weights, batch_size=batch_size)
         case _:
             way = way_of(backbone, run, ends)
             return decode(backbone, requests, **vars(way), batch_size=batch_size)

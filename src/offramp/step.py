@@ -78,7 +78,7 @@ def step(
     Whatever is raised on the way, Ctrl-C included, leaves every text as it was before the step:
     the caller may drop one and go on with the others.
     """
-    with _all_or_nothing(backbone, texts):
+    with all_or_nothing(backbone, texts):
         path = range(backbone.shape.num_layers) if layers is None else layers
         exits = Exits(backbone, path, () if detour else policy.exits)
         exits.keep(texts)
@@ -133,7 +133,7 @@ def step(
 
 
 @contextmanager
-def _all_or_nothing(backbone: Backbone, texts: Sequence[Text]) -> Iterator[None]:
+def all_or_nothing(backbone: Backbone, texts: Sequence[Text]) -> Iterator[None]:
     """Put every text back, whatever is raised: its tokens, its queues, its keys and values."""
     kept = [(text.done, dict(text.waiting), text.blocks) for text in texts]
     try:

@@ -20,6 +20,7 @@ from torch import Tensor
 from offramp.backbone import Backbone
 from offramp.batch import Span, Text
 from offramp.checks import FULL_HEAD, Check, GateFile
+from offramp.classifier import Classified
 from offramp.decode import MAX_WAITING
 from offramp.errors import OfframpError, UsageError
 from offramp.files import write_tensors
@@ -308,7 +309,7 @@ def _decisions(
     if trace.hidden is not None and backbone is not None:
         readout, look, table = backbone.readout, check.look(backbone), {}
     else:
-        _check_same(trace, check)
+        _check_same(trace, policy, check)
         _check_look_back(trace, policy)
     probe: Probe | None = None
     for k, column in enumerate(columns):
@@ -320,21 +321,28 @@ def _decisions(
     return leaves
 
 
-def _check_same(trace: Trace, check: Check) -> None:
+def _check_same(trace: Trace, policy: Policy, check: Check) -> None:
     """Scores seen through one check say nothing of another; a gate looks at no scores."""
-    if not isinstance(check, GateFile) and str(check) != trace.check:
+    wanted = policy.classifier.facts.check if isinstance(policy, Classified) else str(check)
+    if not isinstance(check, GateFile) and wanted != trace.check:
         raise UsageError(
-            f"the trace's scores were seen by the check {trace.check}, not {check}; record it with "
-            "this check, or keep hidden states and replay it with the backbone"
+            f"the trace's scores were seen by the check {trace.check}, not {wanted}; record it "
+            "with this check, or keep hidden states and replay it with the backbone"
         )
 
 
 def _check_look_back(trace: Trace, policy: Policy) -> None:
     """A signal that compares with the exit before was recorded for the trace's own exits only."""
-    looks_back = isinstance(policy, Threshold) and find(policy.signal).looks_back
+    match policy:
+        case Threshold():
+            looks_back = find(policy.signal).looks_back
+        case Classified():
+            looks_back = policy.classifier.looks_back
+        case _:
+            looks_back = False
     if looks_back and policy.exits != trace.exits[: len(policy.exits)]:
         raise UsageError(
-            f"the signal compares neighbouring exits, and the trace was recorded at "
+            f"this policy compares neighbouring exits, and the trace was recorded at "
             f"{list(trace.exits)}, not {list(policy.exits)}; record it at these exits, or with "
             "keep_hidden=True"
         )

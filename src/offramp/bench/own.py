@@ -22,7 +22,18 @@ from offramp.hf.backbone import HFBackbone
 from offramp.hf.load import GENERIC_FORMATS
 from offramp.meter import Meter
 from offramp.model import BackboneName, Model, load
-from offramp.plan import Adapt, Exit, Full, Plan, Route, Run, Speculate, cheap_weights, execute
+from offramp.plan import (
+    Adapt,
+    Exit,
+    Full,
+    Plan,
+    Route,
+    Run,
+    Skip,
+    Speculate,
+    cheap_weights,
+    execute,
+)
 from offramp.plan import Path as SubModel
 from offramp.request import Request
 from offramp.text import encode
@@ -138,6 +149,8 @@ def describe(run: Run) -> str:
         case Adapt():
             drafts = " or ".join(_layers("draft", one) for one in run.drafts)
             return f"{drafts}, up to {run.tokens} tokens{_unless_full(run.head)}"
+        case Skip():
+            return f"skip gates of {len(run.weights.weights)} layers"
         case Exit():
             cuts = ",".join(f"{depth}:{value:g}" for depth, value in run.policy.thresholds)
             return f"{run.signal}={cuts} {run.kv}{_unless_full(run.check)}"

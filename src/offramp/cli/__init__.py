@@ -11,6 +11,7 @@ from offramp import __version__
 from offramp.cli.bench import bench
 from offramp.cli.calibrate import calibrate
 from offramp.cli.export import export
+from offramp.cli.fit import fit
 from offramp.cli.generate import generate
 from offramp.cli.inspect import inspect
 from offramp.cli.oracle import oracle
@@ -28,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (inspect, tune, calibrate, generate, trace, oracle, bench, export):
+for verb in (inspect, tune, fit, calibrate, generate, trace, oracle, bench, export):
     app.command()(verb)
 
 

@@ -35,6 +35,9 @@ def generate(
     head: o.HeadText = None,
     threshold: o.ThresholdText = None,
     check: o.CheckText = None,
+    classifier: o.ClassifierFile = None,
+    exit_prompt: o.ExitPrompt = False,
+    skip: o.SkipFile = None,
     kv: o.KeyValues = o.KV.exact,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the K most probable tokens; 0 keeps all.")] = 0,
@@ -87,6 +90,9 @@ def generate(
         head=head,
         threshold=threshold,
         check=check,
+        classifier=classifier,
+        exit_prompt=exit_prompt,
+        skip=skip,
         kv=kv,
     )
     _may_audit(chosen, audit, sampling)

@@ -145,6 +145,28 @@ HeadText = Annotated[
         "those of a narrow task.",
     ),
 ]
+ClassifierFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--classifier",
+        help="Lossy: leave where the classifier that 'offramp fit' wrote says so; its own bar at "
+        "every exit is 0, and --threshold classifier=DEPTH:VALUE,... sets others.",
+    ),
+]
+SkipFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--skip",
+        help="Lossy: each token passes by the layers that its skip gates name "
+        "(gates.safetensors of 'offramp tune --recipe skip').",
+    ),
+]
+ExitPrompt = Annotated[
+    bool,
+    typer.Option(
+        "--exit-prompt", help="The prompt, too, may leave early: for answers of one token."
+    ),
+]
 KeyValues = Annotated[
     KV,
     typer.Option(
@@ -188,24 +210,31 @@ def parse_plan(
     head: str | None = None,
     threshold: str | None = None,
     check: str | None = None,
+    classifier: Path | None = None,
+    skip: Path | None = None,
+    exit_prompt: bool = False,
     kv: KV = KV.exact,
 ) -> Plan:
     """Return the plan that the options describe; at most one way of describing it is allowed.
 
     Raises:
         UsageError: two ways at once, or a threshold or check that cannot be read.
-        OfframpError: the plan file or the gates cannot be read.
+        OfframpError: the plan file, the gates or the classifier cannot be read.
     """
     from offramp.checks import parse_check, parse_head
     from offramp.paths import prefix
-    from offramp.plan import Adapt, Exit, Plan, Speculate, read_plan
+    from offramp.plan import Adapt, Exit, Plan, Skip, Speculate, read_plan
     from offramp.plan import Path as SubModel
 
+    if classifier is not None:
+        learnt = _learnt(classifier)
+        threshold, check = threshold or learnt[0], check or learnt[1]
     given = {
         "--plan": plan,
         "--draft": draft,
         "--adapt": adapt,
         "--exit": exit_depth,
+        "--skip": skip,
         "--threshold": threshold,
     }
     named = [name for name, value in given.items() if value is not None]
@@ -213,7 +242,9 @@ def parse_plan(
         raise UsageError(f"{' and '.join(named)} exclude each other")
     if check is not None and threshold is None:
         raise UsageError("--check says what a --threshold looks at; give one")
-    if head is not None and named in ([], ["--plan"]):
+    if exit_prompt and threshold is None:
+        raise UsageError("--exit-prompt goes with --threshold or --classifier; give one")
+    if head is not None and (named in ([], ["--plan"], ["--skip"])):
         raise UsageError(
             "--head says what chooses the tokens of --exit, --threshold, --draft or --adapt; give "
             "one"
@@ -235,16 +266,40 @@ def parse_plan(
                 drafts=drafts, tokens=draft_tokens, min_confidence=draft_confidence, head=chooses
             )
         )
+    if skip is not None:
+        skipping = Skip(gates=str(skip))
+        _ = skipping.weights  # refuses a file that is none before a model loads
+        return Plan(run=skipping)
     if exit_depth is not None:
         layers = prefix(exit_depth, max(exit_depth, 1))
         return Plan(run=SubModel(layers=layers, head=chooses))
     if threshold is not None:
         signal, values = parse_threshold(threshold)
         looked_at = parse_check(check or "full")
-        run = Exit(signal=signal, thresholds=values, kv=kv.value, check=looked_at, head=chooses)
+        run = Exit(
+            signal=signal,
+            thresholds=values,
+            kv=kv.value,
+            exit_prompt=exit_prompt,
+            check=looked_at,
+            classifier=None if classifier is None else str(classifier),
+            head=chooses,
+        )
         _ = run.policy  # refuses an unknown signal or a value out of range before a model loads
         return Plan(run=run)
     return Plan() if plan in (None, "full") else read_plan(Path(str(plan)))
+
+
+def _learnt(file: Path) -> tuple[str, str | None]:
+    """Return a classifier's own thresholds and check, as one would write them.
+
+    A list of tokens, of which it knows the digest only, has to be given again.
+    """
+    from offramp.classifier import load_classifier
+
+    facts = load_classifier(file).facts
+    pairs = ",".join(f"{depth}:0" for depth in facts.exits)
+    return f"classifier={pairs}", None if facts.check.startswith("tokens:") else facts.check
 
 
 def parse_threshold(text: str) -> tuple[str, dict[int, float]]:

@@ -35,6 +35,8 @@ def trace(
     plan: o.PlanFile = None,
     threshold: o.ThresholdText = None,
     check: o.CheckText = None,
+    classifier: o.ClassifierFile = None,
+    exit_prompt: o.ExitPrompt = False,
     raw: o.Raw = False,
     batch_size: o.BatchSize = 8,
     backbone: o.BackboneOption = o.BackboneName.auto,
@@ -53,12 +55,22 @@ def trace(
     the scores recorded are what its check saw. A gate needs the hidden states, so they are kept.
     """
     depths = o.parse_depths(exits)
-    chosen = o.parse_plan(plan, threshold=threshold, check=check)
+    alone = threshold is None and classifier is None  # then a check is for the record only
+    chosen = o.parse_plan(
+        plan,
+        threshold=threshold,
+        check=None if alone else check,
+        classifier=classifier,
+        exit_prompt=exit_prompt,
+    )
+    if alone and check is not None and plan is not None:
+        raise UsageError("a plan has its own check; leave out --check with --plan")
     wanted = o.read_prompt_options(prompt, prompts, limit)
     if not wanted:
         raise UsageError("there is nothing to trace; give --prompt TEXT or --prompts FILE")
     from rich.console import Console
 
+    from offramp.checks import parse_check
     from offramp.cli.output import environment, finish, table
     from offramp.model import load
     from offramp.plan import check_of
@@ -78,7 +90,7 @@ def trace(
             loaded, wanted, raw=raw, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
     )
-    looked_at = check_of(chosen)
+    looked_at = check_of(chosen) if check is None or not alone else parse_check(check)
     keep_hidden |= looked_at.kind == "gate"
     recorded = traced(loaded, texts, depths, keep_hidden=keep_hidden, check=looked_at)
     if out is not None:

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from offramp.card import GATES, READOUTS, Card, write_card
 from offramp.errors import OfframpError
-from offramp.files import write_tensors
 from offramp.gate import GateWeights
 from offramp.hf.load import quiet
 from offramp.readouts import ExitReadout, write_readouts
+from offramp.skipping import SkipFacts, SkipGates
 from offramp.tune.network import Net
 
 
@@ -38,7 +37,7 @@ def write_tuned(folder: Path, net: Net, adapted: Any, tokenizer: Any, card: Card
     if card.recipe.name == "gates":
         _gates(net, card).save(folder / GATES)
     elif net.gates:
-        write_tensors(folder / GATES, _skip_gates(net), {})
+        _skip_gates(net, card).save(folder / GATES)
     if card.recipe.name not in ("gates", "heads"):  # these leave the model as it was
         _write_model(folder, net, adapted, tokenizer)
     write_card(folder, card)
@@ -75,9 +74,15 @@ def _gates(net: Net, card: Card) -> GateWeights:
     )
 
 
-def _skip_gates(net: Net) -> dict[str, Tensor]:
-    """Return the layers' skip gates, named ``layer.part``."""
-    return {name: tensor.cpu().contiguous() for name, tensor in net.gates.state_dict().items()}
+def _skip_gates(net: Net, card: Card) -> SkipGates:
+    """Return the layers' gates as the plan ``skip`` reads them."""
+    gate_input = card.recipe.settings.get("gate_input", "hidden")
+    parts = {int(layer): gate.state_dict() for layer, gate in net.gates.items()}
+    return SkipGates(
+        SkipFacts(num_layers=net.num_layers, gate_input=gate_input),
+        {layer: part["weight"].float().cpu().contiguous() for layer, part in parts.items()},
+        {layer: part["bias"].float().cpu().contiguous() for layer, part in parts.items()},
+    )
 
 
 def _beside(folder: Path, save: Callable[[str], Any]) -> None:
