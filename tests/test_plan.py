@@ -30,6 +30,7 @@ from offramp.plan import (
     Plan,
     Route,
     Run,
+    Skip,
     Speculate,
     read_plan,
     write_plan,
@@ -63,6 +64,7 @@ runs: dict[str, st.SearchStrategy[Any]] = {
         | lists
         | st.builds(LowRank, rank=st.integers(1, 99))
         | st.builds(GateFile, file=names),
+        classifier=st.none() | names,
         head=heads,
     ),
     "speculate": st.builds(
@@ -80,6 +82,7 @@ runs: dict[str, st.SearchStrategy[Any]] = {
         layers=paths,
         head=heads,
     ),
+    "skip": st.builds(Skip, gates=names),
 }
 runs["route"] = st.builds(
     Route,
@@ -108,8 +111,10 @@ def example(kind: str) -> dict[str, Any]:
             "max_waiting": 3,
             "exit_prompt": True,
             "check": {"kind": "shortlist", "size": 7},
+            "classifier": None,
             "head": {"kind": "shortlist", "size": 7},
         },
+        "skip": {"gates": "g.safetensors"},
         "speculate": {
             "draft": [0, 1, 3],
             "tokens": 2,
@@ -131,7 +136,7 @@ def example(kind: str) -> dict[str, Any]:
         },
     }
     model = {"name": "tiny", "num_layers": LAYERS, "fingerprint": "this one"}
-    return {"format": 1, "model": model, "run": {"kind": kind, **run[kind]}}
+    return {"format": 1, "model": model, "run": {"kind": kind, **run[kind]}, "certificate": None}
 
 
 def changed(kind: str, keys: Keys, value: object) -> str:
@@ -208,10 +213,11 @@ def test_only_full_depth_and_speculation_are_lossless() -> None:
     lossy: list[Run] = [
         Exit(signal="max_prob", thresholds={1: math.nextafter(1, 0)}),
         Path(layers=(0,)),
+        Skip(gates="g"),
         Route(router="r", digest="0f" * 32, price=0.0, runs=(Full(),)),
     ]
     lossless: list[Run] = [Full(), Speculate(draft=(0,)), Adapt(drafts=((0,),))]
-    expected = [True, True, True, False, False, False]
+    expected = [True, True, True, False, False, False, False]
     assert expected == [Plan(run=run).lossless for run in [*lossless, *lossy]]
 
 
@@ -267,6 +273,7 @@ def test_an_unknown_key_is_named(tmp_path: FilePath, kind: str, keys: Keys) -> N
         ("adapt", ["run", "drafts"], [None, 2, "01", {"0": 1}]),
         ("adapt", ["run", "drafts", 0], [None, 2, "01", {"0": 1}]),
         ("adapt", ["run", "tokens"], ["2", 2.5, None, True, math.nan, math.inf, 0, 65]),
+        ("skip", ["run", "gates"], [None, 7]),
         ("path", ["run", "layers"], [None, 2, "01"]),
         ("path", ["run", "layers", 0], ["0", 0.5, None, False, math.nan]),
         ("path", ["run", "head"], [None, "full", {}, {"kind": "low_rank", "rank": 2}]),
@@ -421,9 +428,8 @@ def test_a_plan_that_does_not_fit_is_refused(run: Run, complaint: str) -> None:
         Plan(run=run).check(backbone())
 
 
-@pytest.mark.parametrize(
-    "kind", sorted(runs.keys() - {"route"})
-)  # which needs its file: test_route
+# Those left out need their file: see test_route and test_skipping.
+@pytest.mark.parametrize("kind", sorted(runs.keys() - {"route", "skip"}))
 def test_a_plan_for_another_model_is_refused(tmp_path: FilePath, kind: str) -> None:
     """A plan calibrated on one model is not run on another; both are named."""
     (tmp_path / "plan.json").write_text(json.dumps(example(kind)))
