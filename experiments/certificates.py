@@ -44,11 +44,10 @@ from offramp.calibrate.run import (
     Way,
     calibrate,
     candidates,
-    counted,
-    pricing,
     replay_settings,
 )
-from offramp.calibrate.settings import Price
+from offramp.calibrate.settings import Price, pricing
+from offramp.calibrate.texts import counted
 from offramp.calibrate.verify import verify
 from offramp.checks import Shortlist
 from offramp.cli.output import environment, finish
@@ -227,7 +226,7 @@ def main() -> None:
     subject = smol(args) if args.subject == "smol" else stories(args)
     model, way = subject.model, subject.way
     trace, took = recorded(subject, args.trace)
-    price = pricing(model.backbone.shape, way, trace, None)
+    price = pricing(model.backbone.shape, way.check, trace, None)
     found, one = certified(trace, way, price)
     worth = [candidates(trace, way, risk, price)[1] for risk in RISKS]
     replays = replay_settings(trace, way, torch.cat(worth).unique(dim=0))

@@ -15,13 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offramp.backbone import Shape
 from offramp.calibrate.bounds import Floats
 from offramp.calibrate.replays import Replays
-from offramp.checks import Check, GateFile
+from offramp.checks import FULL_HEAD, Check, GateFile
+from offramp.cost import check_in_heads, exit_ratio
 from offramp.errors import UsageError
 from offramp.gate import load_gate
 from offramp.policy import check_exits
 from offramp.signals import find
+from offramp.timing import Constants
 from offramp.trace import Trace
 
 _SETTINGS = 1024
@@ -32,6 +35,17 @@ MOST_EXITS = 6
 
 Price = Callable[[Sequence[int], Sequence[float]], float]
 """``(exits, shares that leave there) -> predicted cost per token``, full depth = 1."""
+
+
+def pricing(shape: Shape, check: Check, trace: Trace, constants: Constants | None) -> Price:
+    """Return what predicts the cost of leaving: time where it was measured, else weights read."""
+    cheap = None if check == FULL_HEAD else check_in_heads(shape, check.weights(shape))
+    context = sum(trace.lengths) // len(trace.lengths)
+
+    def price(exits: Sequence[int], shares: Sequence[float]) -> float:
+        return exit_ratio(shape, exits, shares, constants, context, check=cheap)
+
+    return price
 
 
 def seen(trace: Trace, signal: str, exits: Sequence[int], check: Check) -> Tensor:
