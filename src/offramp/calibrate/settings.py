@@ -29,7 +29,7 @@ from offramp.trace import Trace
 
 _SETTINGS = 1024
 """At least so many joint settings, the one that never leaves among them."""
-_BETWEEN = 8
+_BETWEEN = 4
 MOST_EXITS = 6
 """With more, few thresholds per exit would be left."""
 
@@ -142,7 +142,7 @@ def grid(scores: Tensor, *, keep_exits: bool = False) -> Tensor:
 def refined(path: Tensor, scores: Tensor) -> Tensor:
     """Return the settings of a path ``[K, E]`` and more between neighbours, ``[M, E]``.
 
-    Seven steps between two, evenly by how many of the rows ``[T, E]`` reach an exit's threshold:
+    Three more between two, evenly by how many of the rows ``[T, E]`` reach an exit's threshold:
     a coarse grid's path would jump over the risk that is asked for.
     """
     ordered = torch.cat([scores.sort(0).values, torch.full((1, scores.shape[1]), torch.inf)])
