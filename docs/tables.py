@@ -244,7 +244,7 @@ def certificates(record: dict[str, Any]) -> str:
     said = (
         "no setting was certified for drift to be measured"
         if drift is None
-        else f"drift of a plan for disagreement at most 0.15, on {drift['n']} held-out prompts: "
+        else f"drift of a plan for disagreement at most 0.1, on {drift['n']} held-out prompts: "
         f"{drift['full_text']:.3f} on the full model's text, {drift['own_text']:.3f} on its own"
     )
     return "\n".join(lines) + (

@@ -9,7 +9,7 @@ The model writes greedily, and one pass over that text is the trace: SmolLM2-135
 shortest prompts, or the 260K-parameter story model on 640 first sentences. TRACE is where it is
 kept (with what it took, as JSON beside it); a second run begins with it. Then:
 
-* the 200 draws of ``offramp calibrate --verify``, for every risk and bound, at two alphas each;
+* the 200 draws of ``offramp calibrate --verify``, for every risk and bound;
 * the same with two broken bounds: the mean taken at its word, and Hoeffding-Bentkus as if the
   tokens of a sequence were independent;
 * what calibration takes, replaying all settings, against the pass that made the trace;
@@ -44,11 +44,10 @@ from offramp.calibrate.run import (
     Way,
     calibrate,
     candidates,
-    counted,
-    pricing,
     replay_settings,
 )
-from offramp.calibrate.settings import Price
+from offramp.calibrate.settings import Price, pricing
+from offramp.calibrate.texts import counted
 from offramp.calibrate.verify import verify
 from offramp.checks import Shortlist
 from offramp.cli.output import environment, finish
@@ -71,7 +70,7 @@ class Subject:
     model: offramp.Model
     prompts: list[list[int]]
     way: Way
-    alphas: dict[str, tuple[float, float]]
+    alphas: dict[str, float]
 
 
 def smol(args: argparse.Namespace) -> Subject:
@@ -83,12 +82,7 @@ def smol(args: argparse.Namespace) -> Subject:
         model,
         ids,
         Way((24, 26, 28), check=Shortlist(size=4096)),
-        {
-            "disagreement": (0.05, 0.15),
-            "divergence": (0.2, 0.5),
-            "loss": (0.05, 0.2),
-            "error": (0.2, 0.5),
-        },
+        {"disagreement": 0.1, "divergence": 0.4, "loss": 0.2, "error": 0.4},
     )
 
 
@@ -109,12 +103,7 @@ def stories(args: argparse.Namespace) -> Subject:
         model,
         [tokenizer.encode(sentence) for sentence in sentences],
         Way((2, 3, 4)),
-        {
-            "disagreement": (0.05, 0.15),
-            "divergence": (0.2, 0.5),
-            "loss": (0.05, 0.2),
-            "error": (0.2, 0.5),
-        },
+        {"disagreement": 0.1, "divergence": 0.4, "loss": 0.2, "error": 0.4},
     )
 
 
@@ -149,19 +138,18 @@ def recorded(subject: Subject, path: Path) -> tuple[Trace, Any]:
 
 
 def rows(
-    replays: Replays, alphas: dict[str, tuple[float, float]], price: Price, repeats: int
+    replays: Replays, alphas: dict[str, float], price: Price, repeats: int
 ) -> list[dict[str, Any]]:
-    """Return a row for each risk, alpha and bound; the broken bounds last."""
+    """Return a row for each risk and bound; the broken bounds last."""
     tries: list[tuple[str, Goal, PValue | None]] = [
         (method, Goal(risk, alpha, DELTA, method), None)
-        for risk, levels in alphas.items()
-        for alpha in levels
+        for risk, alpha in alphas.items()
         for method in (*BOUNDS, CONFORMAL)
         if method != "binomial" or RISKS[risk].binary
     ]
     tries += [
-        (name, Goal(risk, levels[1], DELTA), bound)
-        for risk, levels in alphas.items()
+        (name, Goal(risk, alpha, DELTA), bound)
+        for risk, alpha in alphas.items()
         for name, bound in BROKEN.items()
     ]
     bar = tqdm(range(repeats), desc="verify")
@@ -185,7 +173,7 @@ def certified(trace: Trace, way: Way, price: Price) -> tuple[Calibration | None,
     """Return one calibration as the command line does it, and how long it took."""
     start = time.perf_counter()
     try:
-        found = calibrate(trace, way, Goal("disagreement", 0.15, DELTA), price)
+        found = calibrate(trace, way, Goal("disagreement", 0.1, DELTA), price)
     except CannotCertifyError as error:
         return None, {"said": str(error), "seconds": time.perf_counter() - start}
     return found, {
@@ -227,9 +215,9 @@ def main() -> None:
     subject = smol(args) if args.subject == "smol" else stories(args)
     model, way = subject.model, subject.way
     trace, took = recorded(subject, args.trace)
-    price = pricing(model.backbone.shape, way, trace, None)
+    price = pricing(model.backbone.shape, way.check, trace, None)
     found, one = certified(trace, way, price)
-    worth = [candidates(trace, way, risk, price)[1] for risk in RISKS]
+    worth = [candidates(trace, way, risk, price)[1] for risk in subject.alphas]
     replays = replay_settings(trace, way, torch.cat(worth).unique(dim=0))
     agreement = trace.agrees.float().mean(0).tolist()
     record = {

@@ -19,7 +19,9 @@ import offramp
 from offramp.calibrate.audit import audit
 from offramp.calibrate.certify import Goal
 from offramp.calibrate.drift import Monitor, measure, prompts_of, replayed_losses, write
-from offramp.calibrate.run import Way, calibrate, counted, pricing, text_hash, verification
+from offramp.calibrate.run import Way, calibrate, verification
+from offramp.calibrate.settings import pricing
+from offramp.calibrate.texts import counted, text_hash
 from offramp.calibrate.verify import noise
 from offramp.card import CARD
 from offramp.checks import FULL_HEAD
@@ -280,6 +282,7 @@ def test_bad_input_ends_in_one_line(
         shell.refused(2, "delta must lie", *base, "--prompts", few, "--delta", level)
     shell.refused(2, "--prompts FILE, or --trace FILE", *base)
     shell.refused(1, "more sequences would be needed", *base, "--prompts", few, "--exits", "2")
+    shell.refused(2, "outside 1 to 5", *base, "--trace", traced, "--exits", "2,9")
     read = [*base, "--trace", traced]
     shell.refused(1, "more sequences would be needed", *read, "--alpha", 0.01)
     shell.refused(2, "lacks [3]", *read, "--exits", "3")
@@ -340,10 +343,9 @@ def test_prices_are_those_of_the_cost_model(tiny: offramp.Model) -> None:
     from offramp.cost import check_in_heads, exit_ratio
 
     shape, trace = tiny.backbone.shape, made_up(5)
-    full = pricing(shape, WAY, trace, None)((2, 4), (0.5, 0.2))
+    full = pricing(shape, FULL_HEAD, trace, None)((2, 4), (0.5, 0.2))
     assert full == exit_ratio(shape, (2, 4), (0.5, 0.2))
     short = Shortlist(size=9)
-    cheap = pricing(shape, Way((2, 4), check=short), trace, None)((2, 4), (0.5, 0.2))
+    cheap = pricing(shape, short, trace, None)((2, 4), (0.5, 0.2))
     share = check_in_heads(shape, short.weights(shape))
     assert cheap == exit_ratio(shape, (2, 4), (0.5, 0.2), check=share) < full
-    assert WAY.check == FULL_HEAD

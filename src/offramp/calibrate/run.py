@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from offramp.backbone import Shape
 from offramp.calibrate.certify import (
     CONFORMAL,
     Found,
@@ -33,15 +30,14 @@ from offramp.calibrate.settings import (
     safe_to_cheap,
     seen,
 )
+from offramp.calibrate.texts import counted, selected
 from offramp.calibrate.verify import Verification, verify
 from offramp.certificate import Certificate, Drift, HeldOut
 from offramp.checks import FULL_HEAD, Check, GateFile
-from offramp.cost import check_in_heads, exit_ratio
 from offramp.decode import MAX_WAITING
 from offramp.errors import UsageError
 from offramp.plan import Exit, ModelId, Plan, sealed
 from offramp.signals import find
-from offramp.timing import Constants
 from offramp.trace import Trace
 
 
@@ -74,49 +70,6 @@ def exits_of(trace: Trace, asked: Sequence[int] | None) -> tuple[int, ...]:
             f"{len(exits)} would be too {'many' if exits else 'few'}"
         )
     return exits
-
-
-def counted(trace: Trace) -> Trace:
-    """Return the trace without the texts that have no counted token."""
-    return selected(trace, np.flatnonzero(trace.rows))
-
-
-def selected(trace: Trace, sequences: Indices) -> Trace:
-    """Return the trace of some of its texts, in the order given."""
-    kept = sequences.tolist()
-    if kept == list(range(len(trace.rows))):
-        return trace
-    ids = trace.ids.split(list(trace.lengths))
-    rows = torch.arange(sum(trace.rows)).split(list(trace.rows))
-    index = torch.cat([rows[i] for i in kept])
-    return replace(
-        trace,
-        ids=torch.cat([ids[i] for i in kept]),
-        lengths=tuple(trace.lengths[i] for i in kept),
-        rows=tuple(trace.rows[i] for i in kept),
-        chosen=trace.chosen[index],
-        loss=trace.loss[index],
-        scores={name: column[index] for name, column in trace.scores.items()},
-        hidden=None if trace.hidden is None else trace.hidden[index],
-    )
-
-
-def text_hash(trace: Trace) -> str:
-    """Return the SHA-256 of a trace's texts, and of which of their tokens are counted."""
-    digest = hashlib.sha256(repr((trace.lengths, trace.rows)).encode())
-    digest.update(trace.ids.to(torch.int32).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def pricing(shape: Shape, way: Way, trace: Trace, constants: Constants | None) -> Price:
-    """Return what predicts the cost of leaving: time where it was measured, else weights read."""
-    check = None if way.check == FULL_HEAD else check_in_heads(shape, way.check.weights(shape))
-    context = sum(trace.lengths) // len(trace.lengths)
-
-    def price(exits: Sequence[int], shares: Sequence[float]) -> float:
-        return exit_ratio(shape, exits, shares, constants, context, check=check)
-
-    return price
 
 
 @dataclass(frozen=True)
@@ -184,7 +137,7 @@ def calibrate(
         trace: one full pass over sequences that are like those to come.
         way: how tokens may leave.
         goal: what is to be certified.
-        price: predicts costs, see :func:`pricing`.
+        price: predicts costs, see :func:`offramp.calibrate.settings.pricing`.
         seed: of the split.
         progress: told (settings replayed, settings in all).
 
@@ -290,9 +243,3 @@ def run_of(way: Way, thresholds: Tensor) -> Exit:
         exit_prompt=way.exit_prompt,
         check=way.check,
     )
-
-
-def overlaps(data: dict[str, str], trained_on: dict[str, str]) -> list[str]:
-    """Return the names in ``data`` whose contents the model was tuned on, by SHA-256."""
-    known = set(trained_on.values())
-    return [name for name, digest in data.items() if digest in known]

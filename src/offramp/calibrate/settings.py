@@ -15,23 +15,37 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offramp.backbone import Shape
 from offramp.calibrate.bounds import Floats
 from offramp.calibrate.replays import Replays
-from offramp.checks import Check, GateFile
+from offramp.checks import FULL_HEAD, Check, GateFile
+from offramp.cost import check_in_heads, exit_ratio
 from offramp.errors import UsageError
 from offramp.gate import load_gate
 from offramp.policy import check_exits
 from offramp.signals import find
+from offramp.timing import Constants
 from offramp.trace import Trace
 
 _SETTINGS = 1024
 """At least so many joint settings, the one that never leaves among them."""
-_BETWEEN = 8
+_BETWEEN = 4
 MOST_EXITS = 6
 """With more, few thresholds per exit would be left."""
 
 Price = Callable[[Sequence[int], Sequence[float]], float]
 """``(exits, shares that leave there) -> predicted cost per token``, full depth = 1."""
+
+
+def pricing(shape: Shape, check: Check, trace: Trace, constants: Constants | None) -> Price:
+    """Return what predicts the cost of leaving: time where it was measured, else weights read."""
+    cheap = None if check == FULL_HEAD else check_in_heads(shape, check.weights(shape))
+    context = sum(trace.lengths) // len(trace.lengths)
+
+    def price(exits: Sequence[int], shares: Sequence[float]) -> float:
+        return exit_ratio(shape, exits, shares, constants, context, check=cheap)
+
+    return price
 
 
 def seen(trace: Trace, signal: str, exits: Sequence[int], check: Check) -> Tensor:
@@ -128,7 +142,7 @@ def grid(scores: Tensor, *, keep_exits: bool = False) -> Tensor:
 def refined(path: Tensor, scores: Tensor) -> Tensor:
     """Return the settings of a path ``[K, E]`` and more between neighbours, ``[M, E]``.
 
-    Seven steps between two, evenly by how many of the rows ``[T, E]`` reach an exit's threshold:
+    Three more between two, evenly by how many of the rows ``[T, E]`` reach an exit's threshold:
     a coarse grid's path would jump over the risk that is asked for.
     """
     ordered = torch.cat([scores.sort(0).values, torch.full((1, scores.shape[1]), torch.inf)])

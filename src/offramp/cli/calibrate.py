@@ -19,16 +19,14 @@ from offramp.cli.tracing import own_answers, traced
 from offramp.errors import OfframpError, UsageError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from offramp.calibrate.certify import Goal
     from offramp.calibrate.run import Calibration, Way
     from offramp.calibrate.settings import Price
     from offramp.calibrate.verify import Verification
     from offramp.card import Card
     from offramp.certificate import Drift
+    from offramp.checks import Check
     from offramp.model import Model
-    from offramp.plan import Plan
     from offramp.text import Prompt
     from offramp.trace import Trace
 
@@ -116,8 +114,11 @@ def calibrate(
     from rich.console import Console
 
     from offramp.calibrate.certify import Goal, must_be_enough
-    from offramp.calibrate.run import Way, calibrate, counted, exits_of, pricing
+    from offramp.calibrate.run import Way, calibrate, exits_of
+    from offramp.calibrate.settings import pricing
+    from offramp.calibrate.texts import counted
     from offramp.checks import parse_check
+    from offramp.cli.certificate import show
     from offramp.cli.output import environment, finish
     from offramp.model import load
     from offramp.plan import write_plan
@@ -134,6 +135,8 @@ def calibrate(
         device=device,
         trust_remote_code=trust_remote_code,
     )
+    signal = "gate" if looked_at.kind == "gate" else signal
+    _must_fit(loaded, depths, signal, looked_at)
     if trace is None:
         depths = depths or (loaded.card.exits if loaded.card else None)
         if depths is None:
@@ -150,7 +153,7 @@ def calibrate(
     _warn(data, loaded.card)
     way = Way(exits_of(recorded, depths), signal, looked_at, max_waiting, exit_prompt)
     constants = known(loaded.backbone)
-    price = pricing(loaded.backbone.shape, way, recorded, constants)
+    price = pricing(loaded.backbone.shape, looked_at, recorded, constants)
     with _bar("settings") as told:
         found = calibrate(recorded, way, goal, price, seed=seed, progress=told)
     checked = _verified(recorded, way, goal, price, verify, seed) if verify else None
@@ -166,7 +169,9 @@ def calibrate(
     if out is not None:
         write_plan(out, plan)
     if not json:
-        _show(plan, found, checked, out, Console(highlight=False))
+        show(plan, found, checked, Console(highlight=False))
+        if out is not None:
+            print(f"Written to {out}.")
     record = {
         "model": loaded.name,
         "plan": plan.model_dump(mode="json"),
@@ -194,6 +199,18 @@ def _must_be_installed() -> None:
         raise OfframpError("calibration needs scipy: pip install 'offramp[calibrate]'")
 
 
+def _must_fit(model: Model, depths: tuple[int, ...] | None, signal: str, check: Check) -> None:
+    """Refuse what this model lacks before it answers anything."""
+    from offramp.policy import check_exits
+    from offramp.signals import find
+
+    shape = model.backbone.shape
+    check_exits(depths or (), shape.num_layers)
+    check.must_fit(shape)
+    if signal != "gate":
+        find(signal)
+
+
 def _read(path: Path, model: Model) -> Trace:
     """Return a trace from a file, if it is of this model."""
     from offramp.trace import load_trace
@@ -209,7 +226,7 @@ def _read(path: Path, model: Model) -> Trace:
 
 def _hashes(prompts: Path | None, trace: Trace) -> dict[str, str]:
     """Return the SHA-256 of the texts, and of the file that the prompts came from."""
-    from offramp.calibrate.run import text_hash
+    from offramp.calibrate.texts import text_hash
 
     hashes = {"texts": text_hash(trace)}
     if prompts is not None:
@@ -219,7 +236,7 @@ def _hashes(prompts: Path | None, trace: Trace) -> dict[str, str]:
 
 def _warn(data: dict[str, str], card: Card | None) -> None:
     """Say loudly on stderr that the model was tuned on the very text it is calibrated on."""
-    from offramp.calibrate.run import overlaps
+    from offramp.calibrate.texts import overlaps
 
     seen = overlaps(data, card.data.files) if card is not None and card.data is not None else []
     if seen:
@@ -294,61 +311,3 @@ def _drift(model: Model, trace: Trace, found: Calibration, batch_size: int) -> D
             batch_size=batch_size,
             progress=bar.update,
         )
-
-
-def _show(
-    plan: Plan,
-    found: Calibration,
-    checked: Verification | None,
-    out: Path | None,
-    console: Console,
-) -> None:
-    from offramp.calibrate.risks import RISKS
-    from offramp.cli.output import table
-
-    made = plan.certificate
-    assert made is not None
-    drift = made.drift
-    pairs = ", ".join(f"{depth}: {value:.4g}" for depth, value in found.run.thresholds.items())
-    bound = "bound on the mean" if made.delta is None else "p-value"
-    rows = [
-        ("risk", f"{made.risk}"),
-        ("alpha", f"{made.alpha:g}"),
-        ("delta", "none" if made.delta is None else f"{made.delta:g}"),
-        ("method", made.method),
-        ("settings replayed", f"{made.settings}"),
-        (f"thresholds on {found.run.signal}", pairs),
-        ("sequences tested", f"{made.n}"),
-        ("risk on them", f"{found.found.risk:.4f}"),
-        (bound, f"{made.value:.4g}"),
-        ("predicted time" if made.measured else "predicted weights read", f"{made.cost:.1%}"),
-        (f"risk on {made.held_out.n} held out", f"{made.held_out.risk:.4f}"),
-        *_drift_rows(drift),
-    ]
-    table("certificate", ("", ""), rows, console)
-    console.print(f"{made.risk}: {RISKS[made.risk].says}.")
-    if made.held_out.risk > made.alpha:
-        console.print("The held-out risk is above alpha: be wary of this certificate.")
-    if checked is not None:
-        console.print(_said(checked))
-    if out is not None:
-        console.print(f"Written to {out}.")
-
-
-def _drift_rows(drift: Drift | None) -> list[tuple[str, str]]:
-    if drift is None:
-        return [("drift", "not measured")]
-    return [
-        (f"risk on the policy's own text ({drift.n})", f"{drift.own_text:.4f}"),
-        ("drift against the full model's text", f"{drift.gap:+.4f}"),
-    ]
-
-
-def _said(checked: Verification) -> str:
-    """Say what the repeats showed."""
-    verdict = "as good as they say" if checked.holds else "NOT as good as they say"
-    return (
-        f"Verified on {checked.repeats} draws: {checked.certified} certified, {checked.violations} "
-        f"violated alpha (up to {checked.allowed} are chance): certificates are {verdict}. Mean "
-        f"risk {checked.mean_risk:.4f}, mean cost {checked.mean_cost:.1%}."
-    )
