@@ -13,6 +13,7 @@ from offramp.cli.export import export
 from offramp.cli.generate import generate
 from offramp.cli.inspect import inspect
 from offramp.cli.output import visible
+from offramp.cli.search import search
 from offramp.cli.trace import trace
 from offramp.cli.tune import tune
 from offramp.errors import OfframpError, UsageError
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (inspect, tune, generate, trace, bench, export):
+for verb in (inspect, tune, search, generate, trace, bench, export):
     app.command()(verb)
 
 
