@@ -214,12 +214,8 @@ def _drafted(loaded: Model, plan: Any, texts: Texts) -> dict[str, float]:
     ]
     tokens = sum(1 for _ in execute(loaded.backbone, requests, plan.run))
     work = loaded.backbone.meter - before
-    return {
-        "tokens": tokens,
-        "drafted": work.drafted,
-        "accepted": work.accepted,
-        "acceptance": work.accepted / max(work.drafted, 1),
-    }
+    found = {"tokens": tokens, "drafted": work.drafted, "accepted": work.accepted}
+    return found | {"acceptance": work.accepted / max(work.drafted, 1)}
 
 
 def _show(
