@@ -41,11 +41,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", help="hub id, folder or GGUF file (default: SmolLM2-135M)")
     parser.add_argument("--keep", type=int, nargs="+", default=[6, 12, 18, 24])
-    parser.add_argument("--loss-keep", type=int, default=18, help="fewest layers searched by loss")
-    parser.add_argument("--texts", type=int, default=12, help="judged, of 128 tokens")
+    parser.add_argument("--loss-keep", type=int, default=24, help="fewest layers searched by loss")
+    parser.add_argument("--texts", type=int, default=8, help="judged, of 128 tokens")
     options = parser.parse_args()
-    model = offramp.load(options.model)
-    length, searched = 128, 6
+    model = offramp.load(options.model, backbone="hf")  # faster where many rows run at once
+    length, searched = 128, 4
     texts = list(cut(model, options.data, length, options.texts + searched))
     short = [(ids[:64], 1) for ids, _ in texts[:searched]]
     depth = model.backbone.shape.num_layers

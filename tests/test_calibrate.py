@@ -226,6 +226,7 @@ def test_an_audit_alarms_where_the_risk_is_above_alpha(
         assert monitor.seen == 40
         assert monitor.alarm == alarm
     assert 0 < audit(tiny.backbone, answers, certified, 0.3).seen < 40
+    assert plan.certificate is not None
     made = plan.certificate.model_copy(update={"risk": "loss"})
     with pytest.raises(UsageError, match="about text that was given"):
         audit(tiny.backbone, answers, sealed(Plan(run=run), made), 1.0)

@@ -5,22 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
 from offramp.batch import Text
+from offramp.checks import Shortlist
 from offramp.errors import OfframpError, UsageError
 from offramp.paths import unified_skip
+from offramp.plan import Path as SubModel
+from offramp.plan import Speculate, read_plan
 from offramp.search.passes import opened as held
 from offramp.search.scores import cosines
 from offramp.search.subsets import By, search
 from offramp.step import step
 from offramp.trace import record
+from tests.test_cli import Shell, shell
 from tests.tools import AnyBackbone, counted, lengths, opened, texts_of
 
-FAMILIES = ("llama", "gpt2", "gemma2", "fast:llama", "graph:llama")
+__all__ = ["shell"]  # a fixture
+
+FAMILIES = ("llama", "gpt2", "fast:gemma2", "graph:llama")
 PATHS = ((0, 1, 2, 3, 4, 5), (0, 2, 5), (0,), (1, 4), (0, 1, 2))
 BYS: tuple[By, ...] = ("uls", "cosine", "loss")
 
@@ -101,7 +108,7 @@ def test_cosines_are_those_of_states(family: str) -> None:
     assert max(found) - min(found) > 1e-3
 
 
-@pytest.mark.parametrize("family", ["llama", "fast:llama"])
+@pytest.mark.parametrize("family", ["gpt2", "fast:llama"])
 def test_greedy_by_loss_takes_what_is_missed_least(family: str) -> None:
     """Each step is the best of all that lack one more layer, tried from scratch."""
     backbone = opened(family)
@@ -135,7 +142,7 @@ def test_greedy_by_cosine_takes_what_changes_least() -> None:
 @pytest.mark.parametrize("by", BYS)
 def test_what_is_found_is_judged_on_texts_that_had_no_say(by: By) -> None:
     """Both judgements are those of the path; every third text is held out; nothing stays behind."""
-    backbone = opened("llama")
+    backbone = opened("fast:llama")
     texts = some(backbone)
     told: list[float] = []
     steps = search(backbone, texts, 3, by, told.append)
@@ -201,3 +208,59 @@ def test_scores_that_are_no_numbers_are_refused(by: By) -> None:
             search(backbone, some(backbone), 3, by)
     finally:
         weight.data.copy_(kept)
+
+
+# -- the command
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Prompts enough for a search."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(f"prompt number {n} of {n * n}" for n in range(9)))
+    return path
+
+
+@pytest.mark.parametrize("by", BYS)
+def test_a_plan_comes_out_that_generates(
+    shell: Shell, checkpoint: Path, prompts: Path, tmp_path: Path, by: By
+) -> None:
+    """As a sub-model it runs the layers found; as a draft it changes no token."""
+    base = ["search", checkpoint, "--prompts", prompts, "--max-new-tokens", 6, "--by", by]
+    run = ["generate", checkpoint, "--prompt", "hi", "--max-new-tokens", 9]
+    plan = tmp_path / "plan.json"
+    found = shell.json(*base, "--keep", 3, "--out", plan)
+    layers = found["plan"]["run"]["layers"]
+    assert (len(layers), layers[0]) == (3, 0)
+    assert found["rows"][-1]["layers"] == layers
+    assert found["rows"][-1]["predicted_ratio"] > 0
+    assert read_plan(plan).run == SubModel(layers=tuple(layers))
+    assert set(shell.json(*run, "--plan", plan)["outputs"][0]["depths"]) == {3}
+    options = ["--as", "draft", "--share", 0.5, "--draft-tokens", 2, "--head", "shortlist:99"]
+    found = shell.json(*base, *options, "--out", plan)
+    drafts = read_plan(plan).run
+    assert drafts == Speculate(draft=tuple(layers), tokens=2, head=Shortlist(size=99))
+    assert 0 <= found["draft"]["accepted"] <= found["draft"]["drafted"] > 0
+    plain, drafted = shell.json(*run), shell.json(*run, "--plan", plan)
+    assert plain["outputs"][0]["token_ids"] == drafted["outputs"][0]["token_ids"]
+    assert drafted["drafted"] > 0
+
+
+def test_the_table_names_what_was_taken_out(shell: Shell, checkpoint: Path, prompts: Path) -> None:
+    """A line per step, and what stays."""
+    status, out, _ = shell("search", checkpoint, "--prompts", prompts, "--keep", 4, "--given")
+    assert status == 0
+    assert "taken out" in out
+    assert "Layers: 0, " in out
+
+
+def test_wrong_searches_are_refused(shell: Shell, checkpoint: Path, prompts: Path) -> None:
+    """Before a model loads, where that can be known."""
+    base = ["search", checkpoint.parent / "nowhere", "--prompts", prompts]
+    shell.refused(2, "give --prompts", "search", checkpoint)
+    shell.refused(2, "exclude each other", *base, "--keep", 3, "--share", 0.5)
+    shell.refused(2, "between 0 and 1", *base, "--share", 1.0)
+    shell.refused(2, "between 0 and 1", *base, "--share", "nan")
+    shell.refused(2, "needs --as draft", *base, "--head", "shortlist:9")
+    shell.refused(2, "6 texts or more", *base, "--limit", 5)
+    shell.refused(2, "1 to 5, not 6", "search", checkpoint, "--prompts", prompts, "--keep", 6)

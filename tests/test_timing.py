@@ -367,19 +367,20 @@ def test_never_leaving_takes_what_is_predicted(work: Costs, depth: int) -> None:
 
 
 @LAW
-@given(linear, st.integers(1, LAYERS - 1), st.integers(1, 5), st.booleans(), st.booleans())
+@given(linear, st.integers(1, LAYERS - 1), st.integers(1, 5), *[st.booleans()] * 3)
 def test_drafts_take_what_is_predicted(
-    work: Costs, depth: int, tokens: int, right: bool, free: bool
+    work: Costs, depth: int, tokens: int, right: bool, free: bool, skips: bool
 ) -> None:
-    """Always right and always wrong; by the full head, and by one that takes no time."""
+    """Always right and always wrong; by the full head, and by one that takes no time; by the first
+    layers, and by as many that skip layer 1."""
     backbone = Clockwork(work, right=right)
-    draft = Draft(tuple(range(depth)), tokens)
+    draft = Draft((0, *range(2, depth + 1)) if skips else tuple(range(depth)), tokens)
     head = partial(Counting.readout, backbone) if free else None
     written = speculate(backbone, [Request([0, 0], 200)], draft, head=head)
     expected = per_token(backbone, written, (tokens + 1 if right else 1) * 3)
     price = 0.0 if free else 1.0
     predicted = speculation_ratio(
-        SHAPE, depth, tokens, float(right), constants_of(work), head=price
+        *(SHAPE, depth, tokens, float(right), constants_of(work)), head=price, shared=draft.shared
     )
     assert predicted == pytest.approx(expected / plain_seconds(work))
 

@@ -136,7 +136,8 @@ def grid(scores: Tensor, *, keep_exits: bool = False) -> Tensor:
         never = torch.tensor([torch.inf])
         columns.append(values if keep_exits else torch.cat([values, never]))
     settings = torch.cartesian_prod(*columns).reshape(-1, exits)
-    return settings[~settings.isinf().all(1)]
+    kept: Tensor = settings[~settings.isinf().all(1)]
+    return kept
 
 
 def refined(path: Tensor, scores: Tensor) -> Tensor:
@@ -156,7 +157,8 @@ def refined(path: Tensor, scores: Tensor) -> Tensor:
     steps = torch.arange(_BETWEEN)[:, None, None] / _BETWEEN
     between = (ranks[:-1] * (1 - steps) + ranks[1:] * steps).reshape(-1, scores.shape[1])
     settings = ordered.gather(0, torch.cat([between, ranks[-1:]]).round().long()).unique(dim=0)
-    return settings[~settings.isinf().all(1)]
+    kept: Tensor = settings[~settings.isinf().all(1)]
+    return kept
 
 
 def costs(replays: Replays, sequences: NDArray[np.int64], price: Price) -> Floats:

@@ -16,6 +16,7 @@ from offramp.cli.generate import generate
 from offramp.cli.inspect import inspect
 from offramp.cli.oracle import oracle
 from offramp.cli.output import visible
+from offramp.cli.search import search
 from offramp.cli.trace import trace
 from offramp.cli.tune import tune
 from offramp.errors import OfframpError, UsageError
@@ -29,7 +30,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (inspect, tune, fit, calibrate, generate, trace, oracle, bench, export):
+for verb in (
+    inspect,
+    tune,
+    fit,
+    search,
+    calibrate,
+    generate,
+    trace,
+    oracle,
+    bench,
+    export,
+):
     app.command()(verb)
 
 

@@ -42,11 +42,32 @@ def split(texts: Texts) -> tuple[Texts, Texts]:
     Raises:
         UsageError: they are too few.
     """
-    if len(texts) < FEWEST:
-        raise UsageError(
-            f"a search needs {FEWEST} texts or more, one in three held out, not {len(texts)}"
-        )
+    check_count(len(texts))
     return [text for i, text in enumerate(texts) if i % 3 != 2], texts[2::3]
+
+
+def check_keep(keep: int, num_layers: int) -> None:
+    """Refuse a number of layers that leaves nothing out, or nothing.
+
+    Raises:
+        UsageError: it is not 1 to L - 1.
+    """
+    if not 1 <= keep < num_layers:
+        raise UsageError(
+            f"a search keeps some of the {num_layers} layers, 1 to {num_layers - 1}, not {keep}"
+        )
+
+
+def check_count(count: int) -> None:
+    """Refuse so few texts that what is found would say nothing.
+
+    Raises:
+        UsageError: they are fewer than ``FEWEST``.
+    """
+    if count < FEWEST:
+        raise UsageError(
+            f"a search needs {FEWEST} texts or more, one in three held out, not {count}"
+        )
 
 
 def search(
@@ -71,8 +92,7 @@ def search(
         OfframpError: a score is no number.
     """
     depth = backbone.shape.num_layers
-    if not 1 <= keep < depth:
-        raise UsageError(f"a search keeps some of the {depth} layers, 1 to {depth - 1}, not {keep}")
+    check_keep(keep, depth)
     searched, held_out = split(texts)
     with opened(backbone, searched) as passes, opened(backbone, held_out) as others:
 

@@ -1,0 +1,139 @@
+"""What does controlled speculation take, against plain decoding and a fixed draft? In turns.
+
+    python experiments/control.py --out results/control.json
+
+Two texts: ordinary requests, where the frozen default model's drafts gain nothing, and texts that
+repeat themselves, where they are often right; with --model any other model. Each round runs every
+contestant once, in an order that turns; a ratio is taken within a round. The machine is shared, so
+read the quartiles, not the last digit. The first answer of each turn is not measured: it warms the
+caches and the control, which goes on from text to text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import offramp
+from offramp.cli.output import environment, finish
+from offramp.inspection import PROMPTS
+from offramp.plan import Run, execute
+from offramp.request import Request
+from offramp.text import encode
+from offramp.timing import constants
+
+LINE = "The cat sat on the mat, and the dog lay on the rug. "
+TEXTS = {
+    "ordinary": [PROMPTS[1], PROMPTS[2], PROMPTS[5]],
+    "repeating": [LINE * 9, LINE * 8, LINE[4:] * 8],
+}
+
+
+def main() -> None:
+    """Measure, print a line per text and contestant, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", help="hub id, folder or GGUF file (default: SmolLM2-135M)")
+    parser.add_argument("--weights", default="fp32")
+    parser.add_argument("--depths", type=int, nargs="+", default=[6, 12, 18])
+    parser.add_argument("--fixed", type=int, default=12, help="depth of the fixed draft")
+    parser.add_argument("--head", type=int, default=8192, help="entries of the drafts' head")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=96)
+    options = parser.parse_args()
+    model = offramp.load(options.model, weights=options.weights)
+    constants(model.backbone)  # measured, if it never was: predictions begin there
+    head = offramp.Shortlist(size=options.head)
+    runs: dict[str, Run] = {
+        "plain": offramp.Full(),
+        "controlled": offramp.Adapt(
+            drafts=tuple(tuple(range(depth)) for depth in options.depths), head=head
+        ),
+        f"fixed at {options.fixed}": offramp.Speculate(
+            draft=tuple(range(options.fixed)), head=head
+        ),
+    }
+    rows = [
+        row
+        for name, prompts in TEXTS.items()
+        for row in raced(model, runs, name, prompts, options.rounds, options.tokens)
+    ]
+    record = {
+        "command": "python experiments/control.py --out results/control.json",
+        "model": model.name,
+        "seed": None,
+        "backbone": model.backbone.name,
+        "weights": model.backbone.weights,
+        **environment(),
+        "rounds": options.rounds,
+        "tokens": options.tokens,
+        "rows": rows,
+    }
+    finish(record, as_json=False, out=options.out)
+
+
+def raced(
+    model: offramp.Model,
+    runs: dict[str, Run],
+    name: str,
+    prompts: list[str],
+    rounds: int,
+    count: int,
+) -> list[dict[str, Any]]:
+    """Return a row for each contestant but the plain one, on these prompts."""
+    raw = name == "repeating"
+    requests = [Request(encode(model.tokenizer, prompt, raw=raw), count) for prompt in prompts]
+    seconds: dict[str, list[float]] = {run: [] for run in runs}
+    drafted: dict[str, tuple[int, int]] = {}
+    written: dict[str, list[int]] = {}
+    for turn in range(rounds):
+        order = list(runs)[turn % len(runs) :] + list(runs)[: turn % len(runs)]
+        for one in order:
+            before = model.backbone.meter.copy()
+            took, written[one] = answered(model, runs[one], requests)
+            seconds[one].append(took)
+            work = model.backbone.meter - before
+            drafted[one] = work.drafted, work.accepted
+        print(name, turn, {one: round(times[-1], 2) for one, times in seconds.items()}, flush=True)
+    assert all(ids == written["plain"] for ids in written.values())  # lossless
+    return [
+        row(name, one, seconds[one], seconds["plain"], drafted[one])
+        for one in runs
+        if one != "plain"
+    ]
+
+
+def answered(model: offramp.Model, run: Run, requests: list[Request]) -> tuple[float, list[int]]:
+    """Return the seconds of all answers but the first, and all tokens."""
+    ids, begin = [], 0.0
+    for token in execute(model.backbone, requests, run, batch_size=1):
+        ids.append(token.id)
+        if token.index == 0 and token.finish:
+            begin = time.perf_counter()
+    return time.perf_counter() - begin, ids
+
+
+def row(
+    text: str, name: str, own: list[float], plain: list[float], drafted: tuple[int, int]
+) -> dict[str, Any]:
+    """Return the ratio to plain decoding within each round, its median and quartiles."""
+    ratios = [one / other for one, other in zip(own, plain, strict=True)]
+    low, _, high = quantiles(ratios, n=4)
+    found = {
+        "text": text,
+        "name": name,
+        "time_ratio": median(ratios),
+        "time_ratio_quartiles": [low, high],
+        "ratios": ratios,
+        "drafted": drafted[0],
+        "accepted": drafted[1],
+    }
+    print(found, flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main()
