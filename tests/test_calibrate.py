@@ -205,7 +205,7 @@ def test_the_alarm_never_goes_off_by_itself(losses: list[float], alpha: float) -
         rung |= monitor.update(loss)
         assert monitor.alarm == rung
         assert math.isfinite(monitor.most)
-        assert loss > alpha or monitor.most == before or monitor.most <= before
+        assert loss > alpha or monitor.most == before
     with pytest.raises(UsageError, match="a loss lies in 0 to 1"):
         monitor.update(math.nan)
     with pytest.raises(UsageError, match="alpha must lie"):
@@ -216,10 +216,10 @@ def test_an_audit_alarms_where_the_risk_is_above_alpha(
     tiny: offramp.Model, plan: Plan, traced: Path
 ) -> None:
     """On the policy's own answers: leaving always is caught, leaving never is not."""
+    assert plan.certificate is not None
     prompts = prompts_of(load_trace(traced), range(40))
     for threshold, alarm in ((0.0, True), (1.0, False)):
         run = Exit(signal="max_prob", thresholds={2: threshold})
-        assert plan.certificate is not None
         certified = sealed(Plan(run=run), plan.certificate)
         answers = write(tiny.backbone, prompts, run)
         monitor = audit(tiny.backbone, answers, certified, 1.0)

@@ -155,7 +155,9 @@ def refined(path: Tensor, scores: Tensor) -> Tensor:
     ).double()
     steps = torch.arange(_BETWEEN)[:, None, None] / _BETWEEN
     between = (ranks[:-1] * (1 - steps) + ranks[1:] * steps).reshape(-1, scores.shape[1])
-    settings = ordered.gather(0, torch.cat([between, ranks[-1:]]).round().long()).unique(dim=0)
+    settings: Tensor = ordered.gather(0, torch.cat([between, ranks[-1:]]).round().long()).unique(
+        dim=0
+    )
     return settings[~settings.isinf().all(1)]
 
 
