@@ -205,7 +205,7 @@ def test_the_alarm_never_goes_off_by_itself(losses: list[float], alpha: float) -
         rung |= monitor.update(loss)
         assert monitor.alarm == rung
         assert math.isfinite(monitor.most)
-        assert loss > alpha or monitor.most == before or monitor.most <= before
+        assert loss > alpha or monitor.most == before
     with pytest.raises(UsageError, match="a loss lies in 0 to 1"):
         monitor.update(math.nan)
     with pytest.raises(UsageError, match="alpha must lie"):
@@ -216,10 +216,10 @@ def test_an_audit_alarms_where_the_risk_is_above_alpha(
     tiny: offramp.Model, plan: Plan, traced: Path
 ) -> None:
     """On the policy's own answers: leaving always is caught, leaving never is not."""
+    assert plan.certificate is not None
     prompts = prompts_of(load_trace(traced), range(40))
     for threshold, alarm in ((0.0, True), (1.0, False)):
         run = Exit(signal="max_prob", thresholds={2: threshold})
-        assert plan.certificate is not None
         certified = sealed(Plan(run=run), plan.certificate)
         answers = write(tiny.backbone, prompts, run)
         monitor = audit(tiny.backbone, answers, certified, 1.0)
@@ -291,9 +291,14 @@ def test_bad_input_ends_in_one_line(
     shell.refused(2, "unknown signal", *read, "--signal", "nonsense")
     shell.refused(2, "seen by the check full", *read, "--check", "shortlist:9")
     shell.refused(2, "0 or 1 per sequence", *read, "--method", "binomial", "--alpha", 0.5)
-    status, _, said = shell(*read, "--alpha", 0.1, "--delta", 0.5)
-    assert status == 1
-    assert said.split("\r")[-1].startswith("offramp: cannot certify disagreement at most 0.1")
+    trace, wrong = load_trace(traced), tmp_path / "wrong.safetensors"
+    chosen = torch.cat([trace.chosen[:, -1:] + 1] * 2 + [trace.chosen[:, -1:]], 1)
+    coins = torch.arange(2 * len(chosen)).reshape(-1, 2) % 3 / 10  # half or so leave, at the least
+    altered(trace, chosen=chosen, scores={"max_prob": coins}).save(wrong)
+    for file, words in ((traced, "a plan that pays"), (wrong, "disagreement at most 0.1 with n ")):
+        ended = shell(*base, "--trace", file, "--alpha", 0.1, "--delta", 0.5)
+        assert ended[:2] == (1, "")
+        assert ended[2].split("\r")[-1].startswith(f"offramp: cannot certify {words}")
     other = tmp_path / "other.safetensors"
     altered(load_trace(traced), fingerprint="0" * 16).save(other)
     shell.refused(2, "trace of another model", *base, "--trace", other)
