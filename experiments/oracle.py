@@ -58,14 +58,15 @@ def main() -> None:
         name: [one for one in some if len(one[0]) - one[1] >= 2] for name, some in texts.items()
     }
     exits = tuple(range(options.first, model.backbone.shape.num_layers))
-    traces = {
-        name: offramp.record(model.backbone, tqdm(some), exits) for name, some in texts.items()
-    }
+    looks = (options.look,)
+    traces, features = {}, {}
+    for name, some in texts.items():
+        traces[name] = offramp.record(model.backbone, tqdm(some, mininterval=20), exits)
+        given = [ids[:start] for ids, start in some]
+        features[name] = features_of(model.backbone, given, looks)
     arms: list[dict[str, Any]] = []
     for name, score in ARMS:
-        looked = [ids[:given] for ids, given in texts[name]]
-        features = features_of(model.backbone, looked, (options.look,))
-        table = from_trace(traces[name], model.id, score).with_features(features, (options.look,))
+        table = from_trace(traces[name], model.id, score).with_features(features[name], looks)
         router, predicted = fit_router(table)
         done = report(table, default_budgets(table.costs), predicted)
         arms.append({"text": name, **as_record(table, done, router)})

@@ -29,7 +29,7 @@ Whole = Full | Exit | Path
 NAMES = ("llama", "gemma2", "fast:llama", "graph:llama")
 RUNS: tuple[Whole, ...] = (
     Path(layers=(0, 1)),
-    Path(layers=(0, 1, 2, 3, 5)),
+    Path(layers=(0, 1, 3, 5)),
     Exit(signal="max_prob", thresholds={1: 0.02, 4: 0.02}),
     Exit(signal="fixed", thresholds={3: 1.0}, kv="copy"),
     Full(),
