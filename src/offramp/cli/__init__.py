@@ -12,10 +12,11 @@ from offramp.cli.bench import bench
 from offramp.cli.export import export
 from offramp.cli.generate import generate
 from offramp.cli.inspect import inspect
-from offramp.cli.output import visible
+from offramp.cli.report import report
 from offramp.cli.trace import trace
 from offramp.cli.tune import tune
 from offramp.errors import OfframpError, UsageError
+from offramp.shown import visible
 
 app = typer.Typer(
     name="offramp",
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (inspect, tune, generate, trace, bench, export):
+for verb in (inspect, tune, generate, trace, report, bench, export):
     app.command()(verb)
 
 

@@ -82,6 +82,7 @@ def generate(
 
     from offramp.cli.output import environment, figures_table, finish
     from offramp.model import load
+    from offramp.text import pieces
 
     loaded = load(
         model,
@@ -107,14 +108,20 @@ def generate(
     if not json:
         figures_table(figures, Console(stderr=True))
     record = {
+        "verb": "generate",
         "model": loaded.name,
+        "num_layers": depth,
         "plan": chosen.model_dump(mode="json"),
         "seed": seed,
+        "raw": raw,
         "backbone": loaded.backbone.name,
         "weights": loaded.backbone.weights,
         **environment(),
         **figures,
-        "outputs": [dataclasses.asdict(output) for output in result.outputs],
+        "outputs": [
+            dataclasses.asdict(output) | {"pieces": pieces(loaded.tokenizer, output.token_ids)}
+            for output in result.outputs
+        ],
     }
     finish(record, as_json=json, out=out)
 
@@ -140,7 +147,8 @@ def _show(stream: Stream, depth: int, console: Console) -> Result:
     """Print one answer as it comes, several when all are there, and return what came of it."""
     from tqdm import tqdm
 
-    from offramp.cli.output import depth_text, visible
+    from offramp.cli.output import depth_text
+    from offramp.shown import visible
 
     single = len(stream.outputs) == 1
     with tqdm(total=len(stream.outputs), unit="prompt", disable=single, leave=False) as bar:
