@@ -42,7 +42,7 @@ def report(
     """
     from offramp.report.page import write_page
     from offramp.report.pictures import check_drawable, write_pictures
-    from offramp.report.runs import read_run
+    from offramp.report.read import read_run
     from offramp.report.sections import arrange
 
     if png is not None:

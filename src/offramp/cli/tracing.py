@@ -53,7 +53,8 @@ def read_generated(path: Path) -> Generated:
         UsageError: it is a run of something else.
         OfframpError: it cannot be read.
     """
-    from offramp.report.runs import Generated, read_run
+    from offramp.report.read import read_run
+    from offramp.report.runs import Generated
 
     found = read_run(path)
     if not isinstance(found, Generated):

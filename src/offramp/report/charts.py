@@ -1,13 +1,12 @@
-"""The charts of a report, each one SVG: quality against cost, depths, reliability, speeds."""
+"""The charts of a report, each one SVG: quality against cost, depths, reliability."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 
 from markupsafe import Markup
 
-from offramp.report.runs import Curve, ExitRow, Point, Timed
+from offramp.report.runs import Curve, ExitRow, Point
 from offramp.report.svg import (
     INK,
     LINE,
@@ -25,14 +24,14 @@ from offramp.report.svg import (
 )
 from offramp.shown import visible
 
-_WIDE = 760
+_WIDE = 560
 _PANELS = 6
 """Most exits whose reliability is drawn."""
 
 
 def draw_curve(curve: Curve) -> Markup:
     """Draw quality against cost, with intervals, and full depth as the reference."""
-    left, top, right, bottom = 62, 26, _WIDE - 20, 340
+    left, top, right, bottom = 46, 26, _WIDE - 14, 300
     everything = [*curve.points, curve.full]
     heights = [h for p in everything for h in (p.quality, p.low, p.high) if h is not None]
     pad = (max(heights) - min(heights) or 1) * 0.06
@@ -40,9 +39,15 @@ def draw_curve(curve: Curve) -> Markup:
     most = max(1.08, *(p.cost * 1.05 for p in everything))
     x, y = scale(0, most, left, right), scale(low, high, bottom, top)
     dearer = tag(
-        *("rect",), x=x(1), y=top, width=right - x(1), height=bottom - top, class_="dearer",
-        fill=LINE, fill_opacity=0.35,
-    )  # fmt: skip
+        "rect",
+        x=x(1),
+        y=top,
+        width=right - x(1),
+        height=bottom - top,
+        class_="dearer",
+        fill=LINE,
+        fill_opacity=0.35,
+    )
     parts = [dearer, *_axes(x, y, (0, most), (low, high), (left, top, right, bottom))]
     full_y = y(curve.full.quality)
     parts += [
@@ -51,8 +56,7 @@ def draw_curve(curve: Curve) -> Markup:
         words(x(1) - 5, bottom - 8, "cost of full depth", kind="soft", text_anchor="end"),
     ]
     if most > 1.2:
-        parts.append(words(right - 5, top + 14, "dearer than full depth", kind="soft",
-                           text_anchor="end"))  # fmt: skip
+        parts.append(words(right - 5, bottom - 8, "dearer", kind="soft", text_anchor="end"))
     parts += [_mark(point, x, y, curve.full.cost) for point in curve.points]
     parts.append(_mark(curve.full, x, y, curve.full.cost, full=True))
     parts += _labels([*curve.points, curve.full], x, y, right)
@@ -126,7 +130,7 @@ def _labels(points: Sequence[Point], x: Scale, y: Scale, right: float) -> list[M
 
 def draw_depths(counts: Mapping[int, int], num_layers: int) -> Markup:
     """Draw how many tokens were chosen at each depth."""
-    left, top, right, bottom = 62, 26, _WIDE - 20, 220
+    left, top, right, bottom = 46, 26, _WIDE - 14, 220
     total, most = sum(counts.values()) or 1, max(counts.values(), default=1)
     x = scale(0.5, num_layers + 0.5, left, right)
     y = scale(0, most, bottom, top)
@@ -167,7 +171,7 @@ def draw_reliability(rows: Sequence[ExitRow], wanted: Sequence[int] = ()) -> Mar
     chosen = [row for row in known if row.depth in wanted] or known
     stride = -(-len(chosen) // _PANELS)
     shown = chosen[::-1][::stride][::-1]  # counted from the deepest
-    side, gap, left, top = 170, 62, 50, 40
+    side, gap, left, top = 130, 56, 34, 40
     per_row = 3
     parts: list[Markup] = []
     for place, row in enumerate(shown):
@@ -220,45 +224,3 @@ def _panel(row: ExitRow, at: tuple[float, float], side: float) -> list[Markup]:
         words(left + side / 2, top + side + 32, "confidence", kind="soft", text_anchor="middle"),
         words(left + side + 8, top + side / 2, "right", kind="soft"),
     ]
-
-
-def draw_speeds(rows: Sequence[Timed]) -> Markup:
-    """Draw decoding speeds with their quartiles, and say of each whether full depth is faster."""
-    left, right, y, parts = 240, _WIDE - 20, 0, list[Markup]()
-    for (batch, context), group in groupby(rows, key=lambda row: (row.batch, row.context)):
-        these = [row for row in group if row.decode_tokens_per_second is not None]
-        most = max((max(_speeds(row)) for row in these), default=1.0)
-        x = scale(0, most * 1.02, left, right - 190)
-        y += 26
-        title = f"batch {batch}, {context} tokens of context: new tokens per second"
-        parts.append(words(10, y, title, font_weight=600))
-        y += 12
-        for row in these:
-            parts += _bar(row, x, left, y)
-            y += 27
-    return document(_WIDE, y + 12, parts, "decoding speeds")
-
-
-def _speeds(row: Timed) -> tuple[float, ...]:
-    return (row.decode_tokens_per_second or 0.0, *(row.decode_quartiles or ()))
-
-
-def _bar(row: Timed, x: Scale, left: float, y: float) -> list[Markup]:
-    speed, ratio = row.decode_tokens_per_second or 0.0, row.ratio_to_full
-    slower = ratio is not None and ratio < 0.995
-    fill = PAPER if slower else STEPS[0]
-    name = visible(row.name) if len(row.name) < 36 else visible(row.name)[:34] + "…"
-    end = max(x(v) for v in _speeds(row))
-    parts = [
-        words(left - 8, y + 15, name, text_anchor="end"),
-        tag("rect", x=left, y=y + 3, width=x(speed) - left, height=16, class_="point", fill=fill,
-            stroke=INK),
-    ]  # fmt: skip
-    if row.decode_quartiles:
-        low, high = (x(v) for v in row.decode_quartiles)
-        parts.append(rule(low, y + 11, high, y + 11, kind="ink", stroke_width=2.5))
-    said = f"{speed:.0f}" if speed >= 10 else f"{speed:.1f}"
-    if ratio is not None and (slower or ratio > 1.005):
-        said += f" · {ratio:.2f} of full depth" + (", slower" if slower else "")
-    kind = "alert" if slower else "ink"
-    return [*parts, words(end + 8, y + 15, said, kind=kind)]

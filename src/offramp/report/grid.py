@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from offramp.report.svg import INK, PAPER, SOFT, STEPS, document, rule, tag, words
-from offramp.shown import visible
+from offramp.report.tokens import signs
 
 CELL, ROW, LEFT, TOP = 16, 10, 44, 8
 """Pixels: a token's width, an exit's height, where the cells begin; the script knows them, too."""
-_LABEL = 84
+_LABEL = 96
 
 
 def draw_grid(
@@ -46,8 +46,9 @@ def draw_grid(
     parts += [_depth_label(i, depth, rows) for i, depth in enumerate([*exits, num_layers])
               if i in _labelled(rows)]  # fmt: skip
     parts += [_piece(t, piece, high) for t, piece in enumerate(pieces)]
+    parts.append(_key(TOP + high + _LABEL - 12))
     label = f"grid of {rows} depths by {len(pieces)} tokens"
-    return document(LEFT + wide + 40, TOP + high + _LABEL, parts, label)
+    return document(max(LEFT + wide + 40, 330), TOP + high + _LABEL, parts, label)
 
 
 def _cells(confidence: Sequence[Sequence[float]], rows: int) -> list[Markup]:
@@ -110,6 +111,16 @@ def _stair(tops: Sequence[int]) -> list[Markup]:
     ]
 
 
+def _key(y: float) -> Markup:
+    """Explain the colours."""
+    boxes = [
+        tag("rect", x=LEFT + 70 + i * 24, y=y - 10, width=24, height=10, fill=colour)
+        for i, colour in enumerate(STEPS)
+    ]
+    ends = words(LEFT, y, "sure: 0%", kind="soft", font_size=11)
+    return tag("g", ends, *boxes, words(LEFT + 220, y, "100%", kind="soft", font_size=11))
+
+
 def _labelled(rows: int) -> set[int]:
     every = max(1, -(-rows // 6))
     return {rows - 1, *range(0, rows - every // 2 - 1, every)}
@@ -124,7 +135,7 @@ def _depth_label(index: int, depth: int, rows: int) -> Markup:
 
 
 def _piece(column: int, piece: str, high: float) -> Markup:
-    said = visible(piece).replace("\n", "⏎").replace("\t", "⇥").strip() or "·"
+    said = signs(piece).strip() or "·"
     x, y = LEFT + column * CELL + CELL / 2 + 3, TOP + high + 10
     turned = f"rotate(-60 {x:g} {y:g})"
     return words(x, y, said[:12], text_anchor="end", font_size=10, transform=turned)

@@ -75,6 +75,8 @@ const show = (token) => {
   panel.querySelector(".word").textContent = word;
   panel.querySelector(".lines").replaceChildren(...lines.map((line) => make("p", line)));
   const where = place(token);
+  const box = token.getBoundingClientRect();
+  panel.classList.toggle("left", box.left > innerWidth / 2); // never on top of what it is about
   table(token, where);
   mark(where);
   panel.hidden = false;

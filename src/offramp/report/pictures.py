@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from offramp.errors import OfframpError
@@ -37,7 +38,7 @@ def write_pictures(sections: Sequence[Section], svg: Path | None, png: Path | No
             written.append(path)
         if png is not None:
             path = png / f"{picture.name}.png"
-            write_whole(path, lambda beside, drawn=str(picture.svg): _draw(beside, drawn))
+            write_whole(path, partial(_draw, svg=str(picture.svg)))
             written.append(path)
     return written
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from offramp.report import words
-from offramp.report.charts import draw_depths, draw_speeds
+from offramp.report import others, words
+from offramp.report.charts import draw_depths
 from offramp.report.parts import Picture, Section, Text
 from offramp.report.runs import (
     Answer,
@@ -29,7 +29,9 @@ from offramp.report.seen import (
     trace_pictures,
     trace_section,
 )
+from offramp.report.speeds import draw_speeds
 from offramp.report.tokens import Seen, plain, told
+from offramp.shown import visible
 
 _MOST_TOKENS = 20_000
 """Tokens of strips on one page; the figures are of all."""
@@ -173,19 +175,17 @@ def _other(number: int, name: str, run: Run) -> Section:
             return _tuned(number, name, run)
     pictures = [curve_picture(f"curve{number}", run.curve)]
     about = " · ".join(part for part in (run.verb, run.model) if part)
-    return Section(name, about, words.curve_headline(run.curve), pictures=pictures)
+    return Section(name, about, others.curve_headline(run.curve), pictures=pictures)
 
 
 def _timed(number: int, name: str, run: BenchRun) -> Section:
     drawn = draw_speeds(run.rows)
-    slower = [
-        row for row in run.rows if row.ratio_to_full is not None and row.ratio_to_full < 0.995
-    ]
+    slow = [row for row in run.rows if row.ratio_to_full is not None and row.ratio_to_full < 0.995]
     return Section(
         title=name,
-        about=words.about_bench(run),
-        headline=words.bench_headline(run),
-        alerts=[words.slower(row) for row in slower],
+        about=others.about_bench(run),
+        headline=others.bench_headline(run),
+        alerts=others.slower(slow),
         pictures=[Picture(f"bench{number}-speeds", "Speed", words.SPEEDS, drawn)],
     )
 
@@ -195,6 +195,6 @@ def _tuned(number: int, name: str, run: TuneRun) -> Section:
     for i, (text, rows) in enumerate(run.after.items(), 1):
         for when, these in (("before", run.before.get(text, ())), ("after", rows)):
             for picture in reliability(f"tune{number}-{i}-{when}", these):
-                title = f"Is confidence honest? {when} tuning, on {words.shown(text)}"
+                title = f"Is confidence honest? {when} tuning, on {visible(text)}"
                 pictures.append(Picture(picture.name, title, picture.caption, picture.svg))
-    return Section(name, f"tune · {run.model}", words.tune_headline(run), pictures=pictures)
+    return Section(name, f"tune · {run.model}", others.tune_headline(run), pictures=pictures)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from offramp.report import words
+from offramp.report import others, words
 from offramp.report.charts import draw_curve, draw_depths, draw_reliability
 from offramp.report.grid import draw_grid
 from offramp.report.parts import Picture, Section, Text
@@ -64,7 +64,7 @@ def reliability(stem: str, rows: Sequence[ExitRow], wanted: Sequence[int] = ()) 
 
 def curve_picture(name: str, curve: Curve, title: str = "Quality against cost") -> Picture:
     """Return the picture of quality against cost."""
-    return Picture(name, title, words.curve_caption(curve), draw_curve(curve))
+    return Picture(name, title, others.curve_caption(curve), draw_curve(curve))
 
 
 def trace_section(number: int, name: str, run: TraceRun) -> Section:
@@ -87,9 +87,9 @@ def trace_section(number: int, name: str, run: TraceRun) -> Section:
     title = "Where tokens would leave" if replayed else "Where tokens could leave at the earliest"
     return Section(
         title=name,
-        about=words.about_trace(run),
-        headline=words.trace_headline(run, counts, replayed=replayed),
-        figures=words.trace_figures(run, counts, replayed=replayed),
+        about=others.about_trace(run),
+        headline=others.trace_headline(run, counts, replayed=replayed),
+        figures=others.trace_figures(run, counts, replayed=replayed),
         pictures=[
             Picture(f"{stem}-depths", title, words.DEPTHS, drawn),
             *trace_pictures(stem, run),

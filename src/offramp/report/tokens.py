@@ -115,15 +115,19 @@ def _token(
 ) -> Token:
     step = step_of(depth, num_layers)
     kinds = ["t", "full" if step is None else f"d{step}", *marks]
-    shown = visible(piece)
     head = f"{quoted(piece)}, token {place[0] + 1} of {place[1]}"
-    text = shown.replace("\n", "⏎").replace("\t", "⇥") or "·"
+    text = signs(piece) or "·"
     return Token(text, " ".join(kinds), depth, "\n".join([head, *lines]), "\n" in piece)
 
 
 def quoted(piece: str) -> str:
     """Return a piece in quotes, so that spaces are seen; on one line."""
-    return "“" + visible(piece).replace("\n", "⏎").replace("\t", "⇥") + "”"
+    return f"“{signs(piece)}”"
+
+
+def signs(piece: str) -> str:
+    """Return a piece with signs for what cannot be seen: control characters, lines, tabs."""
+    return visible(piece).replace("\n", "⏎").replace("\t", "⇥")
 
 
 def _ran(depth: int, num_layers: int) -> str:
