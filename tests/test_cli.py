@@ -407,7 +407,8 @@ def test_an_unwritable_result_leaves_no_half_file(
 
 def test_control_characters_of_a_model_do_not_reach_the_terminal() -> None:
     """A model may write escape sequences; they are shown, not sent."""
-    from offramp.cli.output import depth_text, visible
+    from offramp.cli.output import depth_text
+    from offramp.shown import visible
 
     assert visible("a\x1b[2Jb\x07\n\tc") == "a\\x1b[2Jb\\x07\n\tc"
     assert visible("\xa0é😀\u202e") == "\xa0é😀\\x202e"

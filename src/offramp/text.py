@@ -109,6 +109,19 @@ def encode(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
     return list(ids)
 
 
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return what each token added to the text; together they are the text.
+
+    A token that ends inside a character adds nothing, the one that ends it adds all of it.
+    """
+    watcher = Detokenizer(tokenizer)
+    found = []
+    for count in range(1, len(ids) + 1):
+        watcher(list(ids[:count]))
+        found.append(watcher.release(final=count == len(ids)))
+    return found
+
+
 def check_stops(stops: Sequence[str]) -> None:
     """Refuse stop strings that cannot be watched for.
 

@@ -15,11 +15,12 @@ from offramp.cli.fit import fit
 from offramp.cli.generate import generate
 from offramp.cli.inspect import inspect
 from offramp.cli.oracle import oracle
-from offramp.cli.output import visible
+from offramp.cli.report import report
 from offramp.cli.search import search
 from offramp.cli.trace import trace
 from offramp.cli.tune import tune
 from offramp.errors import OfframpError, UsageError
+from offramp.shown import visible
 
 app = typer.Typer(
     name="offramp",
@@ -39,6 +40,7 @@ for verb in (
     generate,
     trace,
     oracle,
+    report,
     bench,
     export,
 ):

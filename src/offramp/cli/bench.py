@@ -129,6 +129,7 @@ def bench(
         _show(timed, ceilings)
     facts = environment()
     record = {
+        "verb": "bench",
         "command": shlex.join(["offramp", *sys.argv[1:]]),
         "model": loaded.name,
         "plan": [plan.model_dump(mode="json") for plan in plans],

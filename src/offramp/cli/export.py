@@ -28,10 +28,11 @@ def export(
     if depth < 1:
         raise UsageError(f"--depth {depth}: a sub-model has 1 layer or more")
     must_be_free(out)
-    from offramp.cli.output import environment, finish, visible
+    from offramp.cli.output import environment, finish
     from offramp.hf.export import export as write
     from offramp.hf.open import open_model
     from offramp.hf.tuned import load_tuned
+    from offramp.shown import visible
 
     tuned = load_tuned(model, weights="own", trust_remote_code=trust_remote_code)
     backbone = open_model(tuned.model, tuned.readouts)

@@ -100,6 +100,7 @@ def generate(
 
     from offramp.cli.output import environment, figures_table, finish
     from offramp.model import load
+    from offramp.text import pieces
 
     loaded = load(
         model,
@@ -126,15 +127,21 @@ def generate(
         figures_table(figures, Console(stderr=True))
     audited = None if audit is None else _audited(loaded, result, chosen, audit, raw=raw)
     record = {
+        "verb": "generate",
         "model": loaded.name,
+        "num_layers": depth,
         "plan": chosen.model_dump(mode="json"),
         "seed": seed,
+        "raw": raw,
         "backbone": loaded.backbone.name,
         "weights": loaded.backbone.weights,
         **environment(),
         **figures,
         "audit": audited,
-        "outputs": [dataclasses.asdict(output) for output in result.outputs],
+        "outputs": [
+            dataclasses.asdict(output) | {"pieces": pieces(loaded.tokenizer, output.token_ids)}
+            for output in result.outputs
+        ],
     }
     finish(record, as_json=json, out=out)
 
@@ -195,7 +202,8 @@ def _show(stream: Stream, depth: int, console: Console) -> Result:
     """Print one answer as it comes, several when all are there, and return what came of it."""
     from tqdm import tqdm
 
-    from offramp.cli.output import depth_text, visible
+    from offramp.cli.output import depth_text
+    from offramp.shown import visible
 
     single = len(stream.outputs) == 1
     with tqdm(total=len(stream.outputs), unit="prompt", disable=single, leave=False) as bar:

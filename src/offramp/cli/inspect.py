@@ -87,7 +87,7 @@ def inspect(
 
 def _tuned(card: Card) -> str:
     """Say in two lines how the model was tuned, and what reads its exits out."""
-    from offramp.cli.output import visible
+    from offramp.shown import visible
 
     data, base = card.data, card.base
     seen = f" on {data.tokens:,} tokens of {', '.join(data.files)}" if data else ""

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,8 @@ from rich.text import Text
 
 from offramp.files import write_text
 from offramp.machine import processor, versions
-
-# Cividis, dark to bright: readable with every kind of colour vision. Bright = deep.
-_SCALE = (
-    (0, 82, 147),
-    (87, 93, 109),
-    (124, 123, 120),
-    (165, 156, 116),
-    (212, 193, 98),
-    (254, 232, 56),
-)
+from offramp.report import FORMAT
+from offramp.shown import shade, visible
 
 
 def environment() -> dict[str, Any]:
@@ -44,7 +35,9 @@ def environment() -> dict[str, Any]:
 
 def finish(record: Mapping[str, Any], *, as_json: bool, out: Path | None) -> None:
     """Write the record to ``out`` and, if asked for, as the last line of stdout."""
-    line = json.dumps(_finite(record), ensure_ascii=False, separators=(",", ":"))
+    line = json.dumps(
+        _finite({"format": FORMAT, **record}), ensure_ascii=False, separators=(",", ":")
+    )
     if as_json:  # first: a place that cannot be written must not cost the run
         print(line, flush=True)
     if out is not None:
@@ -111,21 +104,5 @@ def _predicted(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def depth_text(piece: str, depth: int, num_layers: int) -> Text:
     """Return text coloured by the depth that chose it, its control characters made visible."""
-    place = depth / num_layers * (len(_SCALE) - 1)
-    low, share = int(place), place - int(place)
-    high = min(low + 1, len(_SCALE) - 1)
-    red, green, blue = (
-        round(a + (b - a) * share) for a, b in zip(_SCALE[low], _SCALE[high], strict=True)
-    )
+    red, green, blue = shade(depth / num_layers)
     return Text(visible(piece), style=f"rgb({red},{green},{blue})")
-
-
-def visible(text: str) -> str:
-    """Return text whose control characters are shown, not sent: a model may write anything."""
-    return "".join(f"\\x{ord(c):02x}" if _controls(c) else c for c in text)
-
-
-def _controls(c: str) -> bool:
-    """Say whether a character commands the terminal, or turns the order of others around."""
-    turns = "\u202a" <= c <= "\u202e" or "\u2066" <= c <= "\u2069"
-    return turns or (unicodedata.category(c) == "Cc" and c not in "\n\t")

@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli import options as o
-from offramp.cli.tracing import given_texts, own_answers, traced
+from offramp.cli.tracing import (
+    given_texts,
+    own_answers,
+    plan_of,
+    read_generated,
+    run_texts,
+    traced,
+)
 from offramp.errors import UsageError
 
 if TYPE_CHECKING:
     from offramp.plan import Plan
-    from offramp.trace import Trace
+    from offramp.trace import Replay, Trace
 
 
 def trace(
@@ -25,6 +32,14 @@ def trace(
         bool,
         typer.Option("--given", help="Trace the prompts' own text instead of answers to them."),
     ] = False,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            metavar="FILE",
+            help="Trace what 'generate --json' wrote into FILE; its plan is replayed.",
+        ),
+    ] = None,
     max_new_tokens: o.MaxNewTokens = 64,
     exits: Annotated[
         str | None, typer.Option(metavar="DEPTH,...", help="Depths to look at; all by default.")
@@ -50,9 +65,11 @@ def trace(
 ) -> None:
     """Record what every exit would say of every token, and replay a policy on it.
 
-    The texts are the model's own greedy answers to the prompts, or with --given the prompts
-    themselves. A plan or --threshold is replayed: the depths are those of real generation, and
-    the scores recorded are what its check saw. A gate needs the hidden states, so they are kept.
+    The texts are the model's own greedy answers to the prompts, with --given the prompts
+    themselves, or with --run the answers of a run: 'offramp report' then shows what the full model
+    would have said of them. A plan or --threshold is replayed: the depths are those of real
+    generation, and the scores recorded are what its check saw. A gate needs the hidden states, so
+    they are kept.
     """
     depths = o.parse_depths(exits)
     alone = threshold is None and classifier is None  # then a check is for the record only
@@ -66,11 +83,15 @@ def trace(
     if alone and check is not None and plan is not None:
         raise UsageError("a plan has its own check; leave out --check with --plan")
     wanted = o.read_prompt_options(prompt, prompts, limit)
-    if not wanted:
-        raise UsageError("there is nothing to trace; give --prompt TEXT or --prompts FILE")
+    if bool(wanted) == (run is not None):
+        raise UsageError("name one thing to trace: --prompt TEXT, --prompts FILE or --run FILE")
+    earlier = None if run is None else read_generated(run)
+    if earlier is not None and plan is None and threshold is None:
+        chosen = plan_of(earlier)
     from rich.console import Console
 
     from offramp.checks import parse_check
+    from offramp.cli.detail import curve, details, exit_rows, signal_of
     from offramp.cli.output import environment, finish, table
     from offramp.model import load
     from offramp.plan import check_of
@@ -83,20 +104,22 @@ def trace(
         trust_remote_code=trust_remote_code,
     )
     chosen.check(loaded.backbone)
-    texts = (
-        given_texts(loaded, wanted)
-        if given
-        else own_answers(
+    if earlier is not None:
+        wanted, texts = run_texts(loaded, earlier, limit)
+    elif given:
+        texts = given_texts(loaded, wanted)
+    else:
+        texts = own_answers(
             loaded, wanted, raw=raw, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
-    )
     looked_at = check_of(chosen) if check is None or not alone else parse_check(check)
     keep_hidden |= looked_at.kind == "gate"
     recorded = traced(loaded, texts, depths, keep_hidden=keep_hidden, check=looked_at)
     if out is not None:
         recorded.save(out)
-    rows = _rows(recorded)
-    replayed = _replayed(recorded, chosen)
+    rows = exit_rows(recorded)
+    done = _replay(recorded, chosen)
+    replayed = done and _figures(recorded, done)
     if not json:
         shown_keys = ("agreement", "max_prob", "loss")
         shown = [
@@ -114,7 +137,9 @@ def trace(
         if out is not None:
             console.print(f"Written to {out}.")
     result = {
+        "verb": "trace",
         "model": loaded.name,
+        "num_layers": recorded.num_layers,
         "plan": chosen.model_dump(mode="json"),
         "seed": None,
         "backbone": loaded.backbone.name,
@@ -123,30 +148,14 @@ def trace(
         "tokens": len(recorded.chosen),
         "rows": rows,
         "replay": replayed,
+        "curve": curve(recorded, done),
+        "exits": recorded.exits,
+        **details(recorded, done, wanted, loaded.tokenizer, signal_of(chosen)),
     }
     finish(result, as_json=json, out=None)
 
 
-def _rows(recorded: Trace) -> list[dict[str, Any]]:
-    """Return the means of each exit, and of the last layer."""
-    rows: list[dict[str, Any]] = [
-        {
-            "depth": depth,
-            "agreement": recorded.agrees[:, i].float().mean().item(),
-            "loss": recorded.loss[:, i].mean().item(),
-            **{name: column[:, i].mean().item() for name, column in recorded.scores.items()},
-        }
-        for i, depth in enumerate(recorded.exits)
-    ]
-    last = {
-        "depth": recorded.num_layers,
-        "agreement": 1.0,
-        "loss": recorded.loss[:, -1].mean().item(),
-    }
-    return [*rows, dict.fromkeys(recorded.scores, float("nan")) | last]
-
-
-def _replayed(recorded: Trace, chosen: Plan) -> dict[str, Any] | None:
+def _replay(recorded: Trace, chosen: Plan) -> Replay | None:
     from offramp.checks import FULL_HEAD
     from offramp.plan import Exit
     from offramp.trace import replay
@@ -158,13 +167,16 @@ def _replayed(recorded: Trace, chosen: Plan) -> dict[str, Any] | None:
             f"a trace knows what the full head chooses, and here {chosen.run.head} chooses the "
             "tokens that leave: trace the plan without it"
         )
-    done = replay(
+    return replay(
         recorded,
         chosen.run.policy,
         max_waiting=chosen.run.max_waiting,
         exit_prompt=chosen.run.exit_prompt,
         check=chosen.run.check,
     )
+
+
+def _figures(recorded: Trace, done: Replay) -> dict[str, Any]:
     depths, counts = done.depths.unique(return_counts=True)
     return {
         "mean_depth": done.depths.float().mean().item(),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from offramp.errors import OfframpError, UsageError
 
 if TYPE_CHECKING:
     from offramp.checks import Check
     from offramp.model import Model
+    from offramp.plan import Plan
+    from offramp.report.runs import Generated
     from offramp.text import Prompt
     from offramp.timing import Constants
     from offramp.trace import Trace
@@ -38,6 +44,60 @@ def own_answers(
     ids = [encode(model.tokenizer, prompt, raw=raw) for prompt in prompts]
     answers = [output.token_ids for output in stream.result.outputs]
     return [(prompt + answer, len(prompt)) for prompt, answer in zip(ids, answers, strict=True)]
+
+
+def read_generated(path: Path) -> Generated:
+    """Return the run in a file, one of ``generate``.
+
+    Raises:
+        UsageError: it is a run of something else.
+        OfframpError: it cannot be read.
+    """
+    from offramp.report.read import read_run
+    from offramp.report.runs import Generated
+
+    found = read_run(path)
+    if not isinstance(found, Generated):
+        raise UsageError(f"--run {path}: give the JSON of 'offramp generate'")
+    return found
+
+
+def plan_of(run: Generated) -> Plan:
+    """Return the plan to replay on a run's texts: its own, where a trace can replay it."""
+    from offramp.checks import FULL_HEAD
+    from offramp.plan import Exit, Plan
+
+    try:
+        found = Plan.model_validate_json(json.dumps(run.plan))
+    except ValueError as error:
+        raise OfframpError("the run's plan cannot be read; generate it again") from error
+    replayable = isinstance(found.run, Exit) and found.run.head == FULL_HEAD
+    return found if replayable else Plan()
+
+
+def run_texts(model: Model, run: Generated, limit: int | None) -> tuple[list[Prompt], Texts]:
+    """Return the prompts of a run, and each with its answer as a text to trace.
+
+    Raises:
+        UsageError: another model wrote them.
+    """
+    from offramp.text import encode
+
+    vocabulary = model.backbone.shape.vocab_size
+    answers = run.outputs[:limit]
+    ids = [token for answer in answers for token in answer.token_ids]
+    if run.model != model.name or not all(0 <= token < vocabulary for token in ids):
+        raise UsageError(f"--run: {run.model} wrote these answers, and this is {model.name}")
+    prompts: list[Prompt] = [
+        answer.prompt if isinstance(answer.prompt, str) else list(answer.prompt)
+        for answer in answers
+    ]
+    starts = [encode(model.tokenizer, prompt, raw=run.raw) for prompt in prompts]
+    texts = [
+        (start + list(answer.token_ids), len(start))
+        for start, answer in zip(starts, answers, strict=True)
+    ]
+    return prompts, texts
 
 
 def traced(

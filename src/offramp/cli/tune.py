@@ -257,6 +257,7 @@ def _show(tuned: Tuned, *, as_json: bool) -> None:
             console.print(f"{count} rows: {reason}")
         console.print(f"Written to {tuned.folder}: offramp generate {tuned.folder}")
     result = {
+        "verb": "tune",
         "model": tuned.card.base.name,
         "plan": None,
         "seed": tuned.card.recipe.settings["seed"],

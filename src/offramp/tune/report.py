@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from offramp.files import write_whole
+from offramp.reliability import Bins
 from offramp.tune.data import Example
 from offramp.tune.losses import CHUNK
 from offramp.tune.network import Net
 from offramp.tune.packing import Batch, collate, pack
 
-BINS = 10
-"""Bins of confidence in a reliability curve."""
 CURVE = "reliability.png"
 
 
@@ -31,9 +30,7 @@ class _Sums:
 
     loss: float = 0.0
     agree: float = 0.0
-    count: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
-    confidence: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
-    right: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
+    bins: Bins = field(default_factory=Bins)
 
     def add(self, logits: Tensor, labels: Tensor, last: Tensor) -> None:
         logs = torch.log_softmax(logits, -1, dtype=torch.float32)
@@ -41,29 +38,18 @@ class _Sums:
         best, choice = logs.max(-1)
         sure, right = best.exp().double().cpu(), (choice == last).double().cpu()
         self.agree += right.sum().item()
-        place = (sure * BINS).long().clamp_max(BINS - 1)
-        self.count.scatter_add_(0, place, torch.ones_like(sure))
-        self.confidence.scatter_add_(0, place, sure)
-        self.right.scatter_add_(0, place, right)
+        self.bins.add(sure, right)
 
     def row(self, depth: int, rows: int) -> dict[str, Any]:
-        held = self.count.clamp_min(1)
-        gap = (self.confidence - self.right).abs().sum().item() / rows
+        confidence, right = self.bins.confidence, self.bins.right
+        gap = (confidence - right).abs().sum().item() / rows
         return {
             "depth": depth,
             "loss": self.loss / rows,
             "agreement": self.agree / rows,
-            "confidence": self.confidence.sum().item() / rows,
+            "confidence": confidence.sum().item() / rows,
             "calibration_error": gap,
-            "reliability": [
-                {"tokens": int(n), "confidence": c, "agreement": a}
-                for n, c, a in zip(
-                    self.count.tolist(),
-                    (self.confidence / held).tolist(),
-                    (self.right / held).tolist(),
-                    strict=True,
-                )
-            ],
+            "reliability": self.bins.curve(),
         }
 
 

@@ -1,0 +1,267 @@
+"""Reports without a browser: nothing gets out of the escaping, what is said is true, bad input."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offramp.errors import OfframpError
+from offramp.reliability import share_interval
+from offramp.report.charts import draw_curve
+from offramp.report.page import embedded, render
+from offramp.report.read import read_run
+from offramp.report.runs import Curve
+from offramp.report.sections import arrange
+from offramp.text import pieces
+from tests.conftest import byte_tokenizer
+from tests.runs import FULL, generated, saved, trace_of
+from tests.test_cli import Shell, shell
+
+__all__ = ["shell"]
+
+EVIL = (
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(1)>",
+    '" onmouseover="alert(1)',
+    "]]></svg><script>",
+    "\u202egnp.exe\u2066",
+    "\x1b[2J\x07\x00",
+    "{{ 7 * 7 }}",
+    "<!--",
+)
+
+
+class Seen(HTMLParser):
+    """Every tag and attribute of a page, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.names: set[str] = set()
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.names |= {name for name, _ in attrs}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def page_of(folder: Path, **results: dict[str, Any]) -> str:
+    """The page of these results."""
+    paths = saved(folder, **results)
+    return render(arrange([(path.name, read_run(path)) for path in paths]))
+
+
+def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
+    """Hostile prompts, tokens, models, vocabularies and names of curves add no tag."""
+    good = generated(["a"] * 8, ["b"] * 8)
+    bad = generated(EVIL, EVIL, model=EVIL[1], backbone=EVIL[0])
+    shown = page_of(tmp_path, run=good, full=good | {"plan": FULL}, trace=trace_of(good))
+    word = trace_of(bad, word=EVIL[1])
+    word["model"] = EVIL[1]
+    word["curve"]["points"][0]["name"] = word["curve"]["quality"] = EVIL[3]
+    hostile = page_of(tmp_path, run=bad, full=bad | {"plan": FULL}, trace=word)
+    plain, attacked = Seen(shown), Seen(hostile)
+    drawn = {"path", "circle", "text", "line", "g", "rect", "title", "polyline"}
+    assert [t for t in plain.tags if t not in drawn] == [t for t in attacked.tags if t not in drawn]
+    assert plain.names == attacked.names
+    assert not {"onerror", "onmouseover", "style", "src"} & attacked.names
+    assert "\\x202e" in attacked.text
+    assert not [c for c in hostile if c in "\u202e\u2066\x1b\x07\x00"]
+    assert "49" not in re.findall(r"<span[^>]*>(.*?)</span>", hostile)
+    for picture in re.findall(r"<svg.*?</svg>", hostile, flags=re.DOTALL):
+        Seen(picture)
+
+
+def test_embedded_data_cannot_end_its_element() -> None:
+    """And is the same data again."""
+    data = {"words": list(EVIL)}
+    assert not set("<>&") & set(embedded(data))
+    assert json.loads(embedded(data)) == data
+
+
+def test_the_page_asks_the_network_for_nothing(tmp_path: Path) -> None:
+    """No address in it but the namespace of SVG, and a policy that allows none."""
+    page = page_of(tmp_path, run=generated(), trace=trace_of(generated()))
+    assert set(re.findall(r"https?://[^\"\s<]+", page)) == {"http://www.w3.org/2000/svg"}
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+    assert "unsafe-inline" not in page
+
+
+def test_a_slow_run_says_so(tmp_path: Path) -> None:
+    """In words, whether it was measured, predicted or counted; a fast one does not."""
+    full = generated(plan=FULL, seconds=1.0)
+    words = "Slower than full depth: a token took 2.00 times as long (measured, against full.json)"
+    assert words in page_of(tmp_path, run=generated(seconds=2.0), full=full)
+    assert "Slower" not in page_of(tmp_path, run=generated(seconds=0.5), full=full)
+    predicted = page_of(tmp_path, run=generated(predicted_ratio=1.3))
+    assert "1.30 times as long (predicted" in predicted
+    counted = page_of(tmp_path, run=generated(flops_ratio=1.1, bytes_ratio=1.2))
+    assert "Dearer than full depth by both counts" in counted
+
+
+def test_the_headline_is_the_runs_own_count(tmp_path: Path) -> None:
+    """Share that left early, mean depth, and where two answers part."""
+    run, full = generated(["a", "b"]), generated(["a", "b"], plan=FULL)
+    full["outputs"][1]["token_ids"][6] = 99
+    depths = [depth for output in run["outputs"] for depth in output["depths"]]
+    early = sum(depth < 12 for depth in depths) / len(depths)
+    page = Seen(page_of(tmp_path, run=run, full=full)).text
+    assert f"{early:.0%} of 40 tokens left early" in page
+    assert f"{sum(depths) / 40:.1f} of 12 layers" in page
+    assert "Identical to the full model's answer." in page
+    assert "Differs from the full model's answer at token 7." in page
+
+
+def test_a_trace_says_what_the_full_model_would_have_said(tmp_path: Path) -> None:
+    """Of the run with the same prompt and tokens; another one's is shown apart."""
+    run = generated(["a"])
+    trace = trace_of(run)
+    trace["texts"][0]["chosen"][3][-1] = 42
+    joined = page_of(tmp_path, run=run, trace=trace)
+    assert "The full model would have said “ word42”." in joined
+    assert joined.count('class="run"') == 1
+    assert "offramp trace --run" not in joined
+    apart = page_of(tmp_path, run=generated(["b"]), trace=trace)
+    assert apart.count('class="run"') == 2
+    assert "offramp trace --run run.json" in apart
+
+
+def test_a_trace_alone_shows_where_tokens_could_leave(tmp_path: Path) -> None:
+    """Without a plan: the first depth from which on all exits agree with the last layer."""
+    trace = trace_of(generated(["a"], tokens=2))
+    text = trace["texts"][0]
+    text["depths"] = None
+    text["chosen"] = [[1] * 5 + [2] * 7, [2] * 12]
+    page = page_of(tmp_path, trace=trace)
+    assert "Could leave at 6 of 12" in page
+    assert "Could leave at 1 of 12" in page
+    assert "No plan was replayed" in page
+
+
+def test_points_dearer_than_full_depth_are_told_apart() -> None:
+    """Hollow, and in words; and intervals are drawn where they are given."""
+    full = {"name": "full", "cost": 1, "quality": 1}
+    cheap = {"name": "cheap", "cost": 0.5, "quality": 0.9, "low": 0.8, "high": 0.95}
+    dear = {"name": "dear", "cost": 2, "quality": 0.9}
+    facts = {"quality": "q", "cost": "c", "full": full, "points": [cheap, dear]}
+    drawn = draw_curve(Curve.model_validate_json(json.dumps(facts)))
+    assert "dear: cost 2, dearer than full depth" in drawn
+    assert "95% interval 0.8 to 0.95" in drawn
+    assert drawn.count('fill="#ffffff"') == 1
+
+
+def test_a_page_of_fifty_answers_is_small(tmp_path: Path) -> None:
+    """With every exit of 100 tokens each: under 5 MB."""
+    run = generated([f"prompt {i}" for i in range(50)], tokens=100)
+    page = page_of(tmp_path, run=run, trace=trace_of(run), full=run | {"plan": FULL})
+    assert page.count('class="text"') == 50
+    assert len(page.encode()) < 5e6
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "no JSON object"),
+        (json.dumps(generated() | {"format": 2}), "of format 2, and this offramp reads 1"),
+        (json.dumps(generated([])), "no examples"),
+        (json.dumps(trace_of(generated([]))), "no examples"),
+        ('{"rows": []}', "no run that a report can show"),
+        ('{"outputs": []}', "generate it again"),
+        (json.dumps(generated() | {"num_layers": "many"}), "num_layers"),
+        (json.dumps({"curve": {"points": []}}), "curve.quality"),
+    ],
+)
+def test_what_is_no_run_is_refused(shell: Shell, tmp_path: Path, content: str, words: str) -> None:
+    """Status 1, one line, and no page."""
+    file = tmp_path / "run.json"
+    file.write_text(content)
+    shell.refused(1, words, "report", file, "--out", tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_columns_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    """A page would pair a token with another one's depth."""
+    short = generated()
+    short["outputs"][0]["depths"].pop()
+    narrow = trace_of(generated())
+    narrow["texts"][0]["chosen"][0].pop()
+    for path in saved(tmp_path, short=short, narrow=narrow):
+        with pytest.raises(OfframpError, match="is no run"):
+            read_run(path)
+
+
+def test_files_that_cannot_be_read_or_written(shell: Shell, tmp_path: Path) -> None:
+    """One line each; a page is whole or not there."""
+    [run] = saved(tmp_path, run=generated())
+    shell.refused(1, "cannot read the run", "report", tmp_path / "none.json")
+    shell.refused(1, "cannot write", "report", run, "--out", tmp_path / "no" / "r.html")
+    shell.refused(1, "cannot write", "report", run, "--out", tmp_path)
+    assert list(tmp_path.iterdir()) == [run]
+
+
+def test_pictures_are_files_of_their_own(shell: Shell, tmp_path: Path) -> None:
+    """SVG that stands alone, and PNG."""
+    run = generated()
+    files = saved(tmp_path, run=run, trace=trace_of(run))
+    base = ["report", *files, "--out", tmp_path / "r.html"]
+    record = shell.json(*base, "--svg", tmp_path / "s", "--png", tmp_path / "p")
+    names = {Path(path).stem for path in record["written"]}
+    assert names == {"r", "run1-depths", "run1-curve", "run1-reliability", "run1-grid1"}
+    assert (tmp_path / "s" / "run1-curve.svg").read_text().startswith("<svg")
+    assert (tmp_path / "p" / "run1-grid1.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_generate_trace_and_report_are_three_commands(
+    shell: Shell, checkpoint: Path, tmp_path: Path
+) -> None:
+    """On a real model: the trace of a run is the run's tokens, and replays its depths."""
+    run, trace, page = (tmp_path / name for name in ("run.json", "trace.json", "r.html"))
+    plan = ["--threshold", "margin=2:0.05,4:0.05"]
+    made = shell.json(
+        "generate", checkpoint, "--prompt", "hi", "--max-new-tokens", 9, *plan, "--out", run
+    )
+    assert "".join(made["outputs"][0]["pieces"]) == made["outputs"][0]["text"]
+    found = shell.json("trace", checkpoint, "--run", run)
+    trace.write_text(json.dumps(found))
+    [text], [output] = found["texts"], made["outputs"]
+    assert text["token_ids"] == output["token_ids"]
+    assert text["depths"] == output["depths"]
+    assert found["plan"] == made["plan"]
+    for chosen, token, depth in zip(text["chosen"], text["token_ids"], text["depths"], strict=True):
+        assert chosen[depth - 1] == token
+    assert shell("report", run, trace, "--out", page)[0] == 0
+    assert "margin" in page.read_text()
+    shell.refused(2, "name one thing to trace", "trace", checkpoint, "--run", run, "--prompt", "a")
+    shell.refused(2, "give the JSON of", "trace", checkpoint, "--run", trace)
+    run.write_text(json.dumps(made | {"model": "another"}))
+    shell.refused(2, "another wrote these answers", "trace", checkpoint, "--run", run)
+
+
+def test_pieces_are_the_text() -> None:
+    """Of whole and of broken characters."""
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("né 😀!")["input_ids"]
+    assert "".join(pieces(tokenizer, ids)) == "né 😀!"
+    assert len(pieces(tokenizer, ids)) == len(ids)
+    assert pieces(tokenizer, []) == []
+
+
+def test_intervals_count_texts() -> None:
+    """One text says nothing of others; equal texts leave no doubt; tokens of a text go together."""
+    assert share_interval([(5, 10)]) is None
+    assert share_interval([(5, 10)] * 4) == (0.5, 0.5)
+    alike = share_interval([(100, 100), (0, 100)] * 5)
+    assert alike is not None
+    single = share_interval([(1, 1), (0, 1)] * 5)
+    assert single == pytest.approx(alike)
+    assert alike[0] > 0.1
