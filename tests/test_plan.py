@@ -88,7 +88,8 @@ def example(kind: str) -> dict[str, Any]:
         "path": {"layers": [0, 2, 5], "head": {"kind": "shortlist", "size": 9}},
     }
     model = {"name": "tiny", "num_layers": LAYERS, "fingerprint": "this one"}
-    return {"format": 1, "model": model, "run": {"kind": kind, **run[kind]}}
+    run_of_kind = {"kind": kind, **run[kind]}
+    return {"format": 1, "model": model, "run": run_of_kind, "certificate": None}
 
 
 def changed(kind: str, keys: Keys, value: object) -> str:
