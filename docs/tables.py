@@ -188,42 +188,6 @@ def train_speed(record: dict[str, Any]) -> str:
     )
 
 
-def oracle(record: dict[str, Any]) -> str:
-    """Return what a depth per text could gain, what is noise, and what a router recovers."""
-    lines = [
-        "| text, score | layers | fixed | oracle | held-out | null | route | recovered (95%) |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    ends = []
-    for arm in record["arms"]:
-        name = f"{arm['text']}, {arm['score']}"
-        for row in arm["rows"][::2]:
-            cells = (row["fixed"], row["oracle"], row["held_out"], row["null"], row["route"])
-            shown = ["" if cell is None else f"{cell:.3f}" for cell in cells]
-            lines.append(f"| {name} | {row['budget']:g} | {' | '.join(shown)} | {_share(row)} |")
-        low, high = arm["smallest_interval"]
-        half = arm["smallest_held_out"]
-        null = "" if arm["null_gain"] is None else f", {arm['null_gain']:.3f} by seed alone"
-        ends.append(
-            f"- {name}: {arm['texts']} texts, full model {arm['full']:.3f}; the oracle equals it "
-            f"at {arm['smallest']:.1f} layers ({low:.1f} to {high:.1f}), held out "
-            f"{'never' if half is None else f'at {half:.1f}'}. With depth for free it gains "
-            f"{arm['gain']:.3f}, {arm['held_out_gain']:.3f} held out{null}. The router explains "
-            f"{arm['router']['explained']:.1%} of what differs between texts."
-        )
-    return "\n".join([*lines, "", *ends]) + (
-        f"\n\n{record['model']}, {record['weights']}, {record['max_new_tokens']} tokens of each "
-        f"text, teacher-forced. Written by `{record['command']}`."
-    )
-
-
-def _share(row: dict[str, Any]) -> str:
-    if row["recovered"] is None:
-        return ""
-    low, high = row["recovered_interval"]
-    return f"{row['recovered']:.0%} ({low:.0%} to {high:.0%})"
-
-
 def certificates(record: dict[str, Any]) -> str:
     """Return how often certificates were violated, risk by risk and bound by bound."""
     lines = [
@@ -267,7 +231,6 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "docs/calibration.md": {"certificates_stories": certificates},
     "docs/clock.md": {"clock": clock},
     "docs/tuning.md": {"train_speed": train_speed},
-    "docs/oracle.md": {"oracle": oracle},
     "docs/laws.md": {"lossless": lossless},
     "docs/families.md": {"families": families},
 }

@@ -86,7 +86,7 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=40, help="items per task")
+    parser.add_argument("--limit", type=int, default=20, help="items per task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--traces", type=Path, help="keep traces here, and use those that are")
     parser.add_argument("--out", type=Path)

@@ -10,8 +10,8 @@ shortest prompts, or the 260K-parameter story model on 640 first sentences. TRAC
 kept (with what it took, as JSON beside it); a second run begins with it. Then:
 
 * the 200 draws of ``offramp calibrate --verify``, for every risk and bound;
-* the same with two broken bounds: the mean taken at its word, and Hoeffding-Bentkus as if the
-  tokens of a sequence were independent;
+* the same with broken bounds: the mean taken at its word, or less its standard error, and
+  Hoeffding-Bentkus as if the tokens of a sequence were independent;
 * what calibration takes, replaying all settings, against the pass that made the trace;
 * drift: what the certified policy's own text loses, on the held-out prompts.
 """
@@ -118,7 +118,18 @@ def tokens_apart(losses: Floats, alpha: float) -> Floats:
     return hoeffding_bentkus(np.repeat(losses, _TOKENS, -1), alpha)
 
 
-BROKEN = {"mean at its word": plug_in, "tokens as if independent": tokens_apart}
+def too_kind(losses: Floats, alpha: float) -> Floats:
+    """Broken: takes the mean of the sample less its standard error for the risk."""
+    error = losses.std(-1) / losses.shape[-1] ** 0.5
+    p: Floats = (losses.mean(-1) - error > alpha).astype(float)
+    return p
+
+
+BROKEN = {
+    "mean at its word": plug_in,
+    "mean less its error": too_kind,
+    "tokens as if independent": tokens_apart,
+}
 
 
 def recorded(subject: Subject, path: Path) -> tuple[Trace, Any]:
@@ -151,6 +162,7 @@ def rows(
         (name, Goal(risk, alpha, DELTA), bound)
         for risk, alpha in alphas.items()
         for name, bound in BROKEN.items()
+        if risk != "error"  # on the model's own text that is divergence
     ]
     bar = tqdm(range(repeats), desc="verify")
     asked = [(goal, bound) for _, goal, bound in tries]

@@ -90,16 +90,16 @@ def test_a_route_is_each_chosen_way_alone(
     run.must_fit(backbone)
     taken = router.choose(features_of(backbone, prompts, exits), 0.0)
     assert len(set(taken)) >= 3
+    # Of different lengths: texts come while others are on their way.
+    requests = [Request(ids, 3 + 2 * (i % 3)) for i, ids in enumerate(prompts)]
     alone = [
-        collected(execute(backbone, [Request(ids, 6)], RUNS[k]), 1)
-        for ids, k in zip(prompts, taken, strict=True)
+        collected(execute(backbone, [request], RUNS[k]), 1)
+        for request, k in zip(requests, taken, strict=True)
     ]
     assert len({tuple(ids[0]) for ids, _ in alone}) >= 4
     for batch_size in (1, 3):
         with counted(backbone):
-            routed = execute(
-                backbone, [Request(ids, 6) for ids in prompts], run, batch_size=batch_size
-            )
+            routed = execute(backbone, requests, run, batch_size=batch_size)
             ids, depths = collected(routed, len(prompts))
         assert [text[0] for text, _ in alone] == ids
         assert [depth[0] for _, depth in alone] == depths
