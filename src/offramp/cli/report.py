@@ -25,7 +25,7 @@ def report(
     ] = None,
     png: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Also write each picture as PNG ('offramp[plot]')."),
+        typer.Option(metavar="DIR", help="Also write each picture as PNG (the extra plot)."),
     ] = None,
     json: o.Json = False,
 ) -> None:
