@@ -1,0 +1,81 @@
+"""Writes prompts that anyone may train on, for exits of the default model taught on its own answers.
+
+    python experiments/open_prompts.py --data data --out prompts.jsonl
+    offramp tune --recipe heads --readout block --exits 18,24 --answers self --data prompts.jsonl \
+        --out exits
+
+DATA is the folder that holds the sets below, each with a licence that lets what was trained on it be
+shipped. Only prompts are taken, never answers; of the two with a test split, the training split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from offramp.files import write_text
+
+LONGEST = 600
+"""Characters of a prompt: longer ones are left out, as their answers would teach less per token."""
+
+
+def _instruction(row: dict[str, Any]) -> str:
+    given = row.get("input", "")
+    return row["instruction"] if given in ("", "<noinput>") else f"{row['instruction']}\n\n{given}"
+
+
+def _seed(row: dict[str, Any]) -> str:
+    return _instruction({**row, "input": row["instances"][0]["input"]})
+
+
+def _choices(row: dict[str, Any]) -> str:
+    asked = row["question"]
+    listed = "\n".join(f"{choice['label']}. {choice['text']}" for choice in asked["choices"])
+    return f"{asked['stem']}\n{listed}"
+
+
+SETS: dict[str, tuple[int, Callable[[dict[str, Any]], str]]] = {
+    "alpaca_libre/alpaca_libre_v1-3_ok.jsonl.gz": (800, _instruction),
+    "alpagasus_subsets/dolly_3k.json.gz": (600, _instruction),
+    "llms_from_scratch_instruct/instruction-data.json": (400, _instruction),
+    "self_instruct_seed/seed_tasks.jsonl": (175, _seed),
+    "gsm8k/gsm8k_train.jsonl.gz": (150, lambda row: str(row["question"])),
+    "commonsense_qa/train_rand_split.jsonl.gz": (100, _choices),
+}
+"""Most prompts of each file, and how a row asks."""
+
+
+def main() -> None:
+    """Write the prompts, mixed, and print how many are from where."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    drawn = random.Random(options.seed)
+    prompts: list[str] = []
+    for name, (most, asks) in SETS.items():
+        asked = dict.fromkeys(asks(row).strip() for row in _rows(options.data / name))
+        short = [prompt for prompt in asked if len(prompt) <= LONGEST]
+        prompts += drawn.sample(short, min(most, len(short)))
+        print(f"{name}: {min(most, len(short))} of {len(short)}")
+    drawn.shuffle(prompts)
+    lines = [json.dumps({"prompt": p}, ensure_ascii=False) + "\n" for p in dict.fromkeys(prompts)]
+    write_text(options.out, "".join(lines))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    raw = path.read_bytes()
+    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+    if ".jsonl" in path.name:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    return list(json.loads(text))
+
+
+if __name__ == "__main__":
+    main()
