@@ -1,10 +1,10 @@
-"""Writes prompts that anyone may train on, for exits of the default model taught on its own answers.
+"""Writes prompts that anyone may train on, for exits taught on the default model's own answers.
 
     python experiments/open_prompts.py --data data --out prompts.jsonl
     offramp tune --recipe heads --readout block --exits 18,24 --answers self --data prompts.jsonl \
         --out exits
 
-DATA is the folder that holds the sets below, each with a licence that lets what was trained on it be
+DATA is the folder that holds the sets below, whose licences let what was trained on them be
 shipped. Only prompts are taken, never answers; of the two with a test split, the training split.
 """
 
