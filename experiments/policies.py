@@ -1,0 +1,161 @@
+r"""Every way of leaving early at one risk: what does each save, counted, predicted and timed?
+
+    python experiments/policies.py MODEL --prompts all_730.jsonl --alpha 0.1 \
+        --out results/policies.json
+
+MODEL is a tuned folder, or "default". It answers the prompts greedily; one pass over that text is
+the trace. On every second text each policy is fitted and its cheapest operating point is taken
+whose risk (tokens that are not the full model's choice) is at most alpha there; the other texts
+judge. No certificate is asked for, so that policies are compared and not bounds. Then all are run
+on held-out prompts in turns, on the fast backbone: operations with every check, and seconds,
+against full depth in the same round. The oracle and its null peek, and cannot be run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from policies_points import Found, Judge, found_by_text, found_by_token
+from tqdm import tqdm
+
+import offramp
+from offramp.allocate.score import features_of
+from offramp.bench.figures import spread
+from offramp.checks import parse_check
+from offramp.cli.output import environment, finish
+from offramp.cli.tracing import Texts, own_answers
+from offramp.cost import flops, full_depth
+from offramp.plan import Full, Plan, cheap_weights, execute
+from offramp.request import Request
+from offramp.text import read_prompts
+from offramp.timing import constants
+
+
+def main() -> None:
+    """Trace, choose, judge, run in turns, print a line per policy, and write the record."""
+    options = _options()
+    model = offramp.load(None if options.model == "default" else options.model, weights="int8")
+    exits = tuple(options.exits or (model.card.exits if model.card else ()))
+    prompts = list(read_prompts(options.prompts))
+    prompts = random.Random(options.seed).sample(prompts, min(options.limit, len(prompts)))
+    texts = own_answers(
+        model, prompts, raw=False, max_new_tokens=options.max_new_tokens, batch_size=16
+    )
+    texts = [(ids, first) for ids, first in texts if len(ids) - first >= 2]
+    look = max(exits[0] // 2, 1)
+    judge = Judge(
+        model=model,
+        check=parse_check(options.check),
+        trace=_trace(model, texts, exits, options.check),
+        texts=texts,
+        features=features_of(model.backbone, [ids[:first] for ids, first in texts], (look,)),
+        look=look,
+        constants=constants(model.backbone),
+        alpha=options.alpha,
+        folder=options.out.with_suffix(".parts"),
+    )
+    judge.folder.mkdir(parents=True, exist_ok=True)
+    found: list[Found] = []
+    for one in _all_found(judge):
+        print(one.facts(), flush=True)
+        found.append(one)
+    timed = _timed(model, found, judge.held_out_prompts(options.timed), options)
+    rows = [one.facts() | timed.get(one.name, {}) for one in found]
+    record = {
+        "command": f"python experiments/policies.py {shlex.join(_shown(sys.argv[1:]))}",
+        "model": Path(model.name).name,
+        "card": None if model.card is None else model.card.recipe.model_dump(mode="json"),
+        "weights": "int8",
+        "check": options.check,
+        "exits": exits,
+        "alpha": options.alpha,
+        "seed": options.seed,
+        "texts": len(texts),
+        "tokens": sum(judge.trace.rows),
+        "agreement": dict(zip(exits, judge.trace.agrees.float().mean(0).tolist(), strict=True)),
+        "rounds": options.rounds,
+        **environment(),
+        "rows": rows,
+    }
+    finish(record, as_json=False, out=options.out)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help='folder, hub id or "default"')
+    parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--alpha", type=float, default=0.1)
+    parser.add_argument("--exits", type=int, nargs="+", help="the model's own by default")
+    parser.add_argument("--check", default="shortlist:4096", help="what exits look through")
+    parser.add_argument("--limit", type=int, default=240, help="prompts, drawn by the seed")
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--timed", type=int, default=8, help="held-out prompts to run in turns")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def _shown(words: Sequence[str]) -> list[str]:
+    """Return the arguments without the folders that files lie in."""
+    return [Path(word).name if "/" in word else word for word in words]
+
+
+def _trace(model: offramp.Model, texts: Texts, exits: tuple[int, ...], check: str) -> offramp.Trace:
+    bar = tqdm(texts, desc="trace", unit="text")
+    return offramp.record(model.backbone, bar, exits, keep_hidden=True, check=parse_check(check))
+
+
+def _all_found(judge: Judge) -> Iterator[Found]:
+    yield from found_by_token(judge)
+    yield from found_by_text(judge)
+
+
+def _timed(
+    model: offramp.Model, found: Sequence[Found], ids: list[list[int]], options: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Run every policy and full depth in turns; return what each took of full depth."""
+    backbone, shape = model.backbone, model.backbone.shape
+    plans = {one.name: Plan(run=one.run) for one in found if one.run is not None}
+    plans["full"] = Plan(run=Full())
+    ratios: dict[str, list[float]] = {name: [] for name in plans}
+    known: dict[str, dict[str, Any]] = {}
+    for turn in range(options.rounds):
+        order = list(plans)
+        random.Random(turn).shuffle(order)
+        took: dict[str, float] = {}
+        for name in order:
+            requests = [Request(list(one), options.max_new_tokens, eos=model.eos) for one in ids]
+            before, start = backbone.meter.copy(), time.perf_counter()
+            tokens = list(execute(backbone, requests, plans[name].run, batch_size=1))
+            seconds, work = time.perf_counter() - start, backbone.meter - before
+            took[name] = seconds / len(tokens)  # a policy may end sooner or later
+            sizes = [
+                (len(one), sum(token.index == i for token in tokens)) for i, one in enumerate(ids)
+            ]
+            whole = full_depth(sizes, shape, 1, batched=backbone.batched, ragged=backbone.ragged)
+            known[name] = {
+                "flops_ratio": flops(work, shape, cheap_weights(plans[name], shape))
+                / flops(whole, shape),
+                "own_mean_depth": sum(token.depth for token in tokens) / len(tokens),
+            }
+        for name, seconds in took.items():
+            ratios[name].append(seconds / took["full"])
+        print(f"round {turn + 1}: {took}", flush=True)
+    for name, values in ratios.items():
+        middle, (low, high) = spread(values)
+        known[name] |= {"time_ratio": middle, "time_ratio_quartiles": [low, high]}
+    return known
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
