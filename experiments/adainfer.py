@@ -25,7 +25,7 @@ from torch import Tensor
 import offramp
 from offramp.adainfer.fit import fit_classifier
 from offramp.adainfer.judge import policy_of
-from offramp.adainfer.labels import joined, part, targets
+from offramp.adainfer.labels import joined
 from offramp.backbone import Backbone
 from offramp.checks import FULL_HEAD, Check, Shortlist
 from offramp.classifier import Classifier, Kind
@@ -135,7 +135,7 @@ def _through(trace: Trace, backbone: Backbone, check: Check) -> Trace:
 
 def _halves(trace: Trace) -> tuple[Trace, Trace]:
     count = len(trace.lengths)
-    return part(trace, range(0, count, 2)), part(trace, range(1, count, 2))
+    return trace.part(range(0, count, 2)), trace.part(range(1, count, 2))
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _row(
         return facts | {"refused": fitted}
     test = scope.test
     done = replay(test, policy_of(fitted), exit_prompt=True)
-    gold, last = targets(test), test.chosen[:, -1]
+    gold, last = test.targets, test.chosen[:, -1]
     return facts | {
         "accuracy": _share(done.chosen == gold),
         "full_accuracy": _share(last == gold),
@@ -272,7 +272,7 @@ def _facts(trace: Trace) -> dict[str, Any]:
     return {
         "texts": len(trace.lengths),
         "prompt_tokens": sum(trace.lengths) - len(trace.lengths),
-        "full_accuracy": _share(trace.chosen[:, -1] == targets(trace)),
+        "full_accuracy": _share(trace.chosen[:, -1] == trace.targets),
         "agreement": {
             str(depth): _share(trace.agrees[:, k]) for k, depth in enumerate(trace.exits)
         },

@@ -18,7 +18,6 @@ from torch import Tensor
 
 import offramp
 from offramp.adainfer.fit import fit_classifier
-from offramp.adainfer.labels import part
 from offramp.allocate.fit import fit_router, price_of
 from offramp.allocate.oracle import permuted, solve
 from offramp.allocate.score import from_trace
@@ -104,12 +103,12 @@ class Judge:
     @cached_property
     def chosen_on(self) -> Trace:
         """Return the texts that choose."""
-        return part(self.trace, range(0, len(self.texts), 2))
+        return self.trace.part(range(0, len(self.texts), 2))
 
     @cached_property
     def judged_on(self) -> Trace:
         """Return the texts that judge."""
-        return part(self.trace, range(1, len(self.texts), 2))
+        return self.trace.part(range(1, len(self.texts), 2))
 
     def held_out_prompts(self, count: int) -> list[list[int]]:
         """Return the first prompts of the texts that judge, as token ids."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from offramp.adainfer.fit import fit_classifier
 from offramp.adainfer.judge import cross_validate, judge, policy_of
-from offramp.adainfer.labels import joined, labels, part, table, targets
+from offramp.adainfer.labels import joined, labels, table
 from offramp.adainfer.linear import Linear, estimator
 from offramp.checks import Shortlist
 from offramp.classifier import Classified, Classifier, Kind, load_classifier
@@ -173,7 +173,7 @@ def test_a_row_is_judged_by_itself_and_by_no_later_exit(kind: Kind) -> None:
     trace = toy()
     classifier = fit_classifier(trace, kind, pooled=False)
     together = scores(classifier, trace)
-    alone = [scores(classifier, part(trace, [text])) for text in range(len(trace.lengths))]
+    alone = [scores(classifier, trace.part([text])) for text in range(len(trace.lengths))]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
     torch.testing.assert_close(together[:, :2], scores(classifier, trace, 2), rtol=0, atol=1e-12)
 
@@ -214,7 +214,7 @@ def test_labels_are_what_they_say(seed: int, texts: int) -> None:
     for k in range(len(EXITS)):
         assert torch.equal(stable[:, k], final[:, k:].all(1))
     ids = trace.ids.reshape(texts, 5)
-    assert torch.equal(targets(trace).reshape(texts, 3), ids[:, 2:])
+    assert torch.equal(trace.targets.reshape(texts, 3), ids[:, 2:])
     assert torch.equal(labels(trace, "gold")[0, 0], trace.chosen[0, 0] == ids[0, 2])
 
 
@@ -223,8 +223,8 @@ def test_labels_are_what_they_say(seed: int, texts: int) -> None:
 def test_traces_joined_and_parted_are_the_same_rows(order: list[int]) -> None:
     """In any order of texts, hidden states and all."""
     trace = replace(toy(5), hidden=torch.randn(15, 5, 4))
-    again = joined([part(trace, [text]) for text in order])
-    whole = part(again, [order.index(text) for text in range(5)])
+    again = joined([trace.part([text]) for text in order])
+    whole = again.part([order.index(text) for text in range(5)])
     assert (whole.lengths, whole.rows) == (trace.lengths, trace.rows)
     for name in ("ids", "chosen", "loss", "hidden"):
         assert torch.equal(getattr(whole, name), getattr(trace, name))
@@ -402,7 +402,7 @@ def with_scores(change: Callable[[Tensor], object], *names: str) -> Trace:
 
 
 BAD: dict[str, tuple[Callable[[], Trace], str]] = {
-    "too few texts": (lambda: part(toy(), [0, 1, 2]), "too few"),
+    "too few texts": (lambda: toy().part([0, 1, 2]), "too few"),
     "all agree": (lambda: replace(toy(), chosen=torch.full((180, 5), 7).int()), "every row"),
     "none agrees": (
         lambda: replace(toy(), chosen=torch.tensor([8, 8, 8, 8, 7]).int().repeat(180, 1)),

@@ -36,7 +36,7 @@ from offramp.calibrate.certify import (
     split,
 )
 from offramp.calibrate.replays import Replays, replay_all
-from offramp.calibrate.risks import RISKS, targets
+from offramp.calibrate.risks import RISKS
 from offramp.calibrate.settings import costs, grid, refined, safe_to_cheap, seen
 from offramp.calibrate.verify import noise, verify
 from offramp.checks import FULL_HEAD
@@ -186,7 +186,7 @@ def test_the_fast_replay_is_replay(
                 "disagreement": differs.float().mean().item(),
                 "divergence": float(differs.any()),
                 "loss": min(max(more, 0.0), 1.0),
-                "error": float((slow.chosen[part] != targets(trace)[part]).any()),
+                "error": float((slow.chosen[part] != trace.targets[part]).any()),
             }
             assert expected.keys() == RISKS.keys()
             for name, value in expected.items():

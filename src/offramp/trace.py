@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -65,6 +65,30 @@ class Trace:
     def agrees(self) -> Tensor:
         """Return ``[T, E]`` bool: the exit's choice is the last layer's."""
         return self.chosen[:, :-1] == self.chosen[:, -1:]
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """Return the texts' own next token at every counted row, ``[T]`` int32."""
+        texts = self.ids.split(list(self.lengths))
+        return torch.cat([ids[len(ids) - n :] for ids, n in zip(texts, self.rows, strict=True)])
+
+    def part(self, texts: Sequence[int]) -> Trace:
+        """Return the trace of some of its texts, by their indices, in this order."""
+        if list(texts) == list(range(len(self.rows))):
+            return self
+        ids = self.ids.split(list(self.lengths))
+        rows = torch.arange(sum(self.rows)).split(list(self.rows))
+        kept = torch.cat([rows[i] for i in texts])
+        return replace(
+            self,
+            ids=torch.cat([ids[i] for i in texts]),
+            lengths=tuple(self.lengths[i] for i in texts),
+            rows=tuple(self.rows[i] for i in texts),
+            chosen=self.chosen[kept],
+            loss=self.loss[kept],
+            scores={name: column[kept] for name, column in self.scores.items()},
+            hidden=None if self.hidden is None else self.hidden[kept],
+        )
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all, its facts as JSON in the header."""

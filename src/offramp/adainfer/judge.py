@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.adainfer.labels import labels, part, targets
+from offramp.adainfer.labels import labels
 from offramp.classifier import Classified, Classifier, Label
 from offramp.errors import UsageError
 from offramp.gate import Gate, GateWeights
@@ -112,8 +112,8 @@ def cross_validate(
     parts = []
     for fold in range(folds):
         held = range(fold, count, folds)
-        fitted = fit(part(trace, [i for i in range(count) if i % folds != fold]))
-        parts.append((held, _seen(fitted, part(trace, held), exit_prompt)))
+        fitted = fit(trace.part([i for i in range(count) if i % folds != fold]))
+        parts.append((held, _seen(fitted, trace.part(held), exit_prompt)))
     return _summed(trace, label, parts)
 
 
@@ -132,7 +132,7 @@ def _seen(fitted: Classifier | GateWeights, trace: Trace, exit_prompt: bool) -> 
 
 def _summed(trace: Trace, label: Label, parts: Sequence[tuple[Sequence[int], _Seen]]) -> Judgement:
     """Return the figures of all parts together, each of its own texts."""
-    held = [(part(trace, texts), seen) for texts, seen in parts]
+    held = [(trace.part(texts), seen) for texts, seen in parts]
     exits = held[0][1].exits
     columns = [trace.exits.index(depth) for depth in exits]
     right = torch.cat([labels(own, label)[:, columns] for own, _ in held])
@@ -140,7 +140,7 @@ def _summed(trace: Trace, label: Label, parts: Sequence[tuple[Sequence[int], _Se
     depths = torch.cat([seen.done.depths for _, seen in held])
     chosen = torch.cat([seen.done.chosen for _, seen in held])
     final = torch.cat([own.chosen[:, -1] for own, _ in held])
-    gold = torch.cat([targets(own) for own, _ in held])
+    gold = torch.cat([own.targets for own, _ in held])
     return Judgement(
         texts=sum(len(texts) for texts, _ in parts),
         tokens=len(chosen),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,12 +18,6 @@ from offramp.probe import Probe
 from offramp.trace import Trace
 
 
-def targets(trace: Trace) -> Tensor:
-    """Return each counted row's own next token, ``[T]`` int32: the gold answer of a given text."""
-    texts = trace.ids.split(list(trace.lengths))
-    return torch.cat([ids[len(ids) - n :] for ids, n in zip(texts, trace.rows, strict=True)])
-
-
 def labels(trace: Trace, label: Label) -> Tensor:
     """Return ``[T, E]`` bool: whether it is right to leave a row at each exit.
 
@@ -33,7 +26,7 @@ def labels(trace: Trace, label: Label) -> Tensor:
     every later exit of the trace.
     """
     if label == "gold":
-        return trace.chosen[:, :-1] == targets(trace)[:, None]
+        return trace.chosen[:, :-1] == trace.targets[:, None]
     if label == "final":
         return trace.agrees
     return trace.agrees.int().flip(1).cummin(1).values.flip(1).bool()
@@ -94,22 +87,4 @@ def joined(traces: Sequence[Trace]) -> Trace:
         loss=torch.cat([trace.loss for trace in traces]),
         scores={name: torch.cat([trace.scores[name] for trace in traces]) for name in names},
         hidden=torch.cat(hidden) if len(hidden) == len(traces) else None,
-    )
-
-
-def part(trace: Trace, texts: Sequence[int]) -> Trace:
-    """Return the trace of these texts alone, by their indices."""
-    ids = trace.ids.split(list(trace.lengths))
-    starts = [0, *accumulate(trace.rows)]
-    rows = torch.tensor([row for i in texts for row in range(starts[i], starts[i + 1])])
-    rows = rows.long()
-    return replace(
-        trace,
-        ids=torch.cat([ids[i] for i in texts]),
-        lengths=tuple(trace.lengths[i] for i in texts),
-        rows=tuple(trace.rows[i] for i in texts),
-        chosen=trace.chosen[rows],
-        loss=trace.loss[rows],
-        scores={name: values[rows] for name, values in trace.scores.items()},
-        hidden=None if trace.hidden is None else trace.hidden[rows],
     )

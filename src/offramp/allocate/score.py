@@ -79,9 +79,7 @@ def _values(trace: Trace, score: Score) -> Tensor:
         case "agreement":
             return trace.chosen == trace.chosen[:, -1:]
         case "match":
-            texts = trace.ids.split(list(trace.lengths))
-            own = [ids[len(ids) - n :] for ids, n in zip(texts, trace.rows, strict=True)]
-            return trace.chosen == torch.cat(own)[:, None]
+            return trace.chosen == trace.targets[:, None]
     raise UsageError(f"there is no score {score!r}; there are loss, match and agreement")
 
 

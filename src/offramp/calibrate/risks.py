@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from offramp.trace import Trace
@@ -37,14 +36,7 @@ def _increase(trace: Trace) -> Tensor:
 
 
 def _error(trace: Trace) -> Tensor:
-    return (trace.chosen != targets(trace)[:, None]).float()
-
-
-def targets(trace: Trace) -> Tensor:
-    """Return the texts' own next token at every counted row, ``[T]``."""
-    parts = trace.ids.split(list(trace.lengths))
-    own = [part[len(part) - count :] for part, count in zip(parts, trace.rows, strict=True)]
-    return torch.cat(own)
+    return (trace.chosen != trace.targets[:, None]).float()
 
 
 def _share(total: Tensor, rows: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from offramp.calibrate.settings import (
     safe_to_cheap,
     seen,
 )
-from offramp.calibrate.texts import counted, selected
+from offramp.calibrate.texts import counted
 from offramp.calibrate.verify import Verification, verify
 from offramp.certificate import Certificate, Drift, HeldOut
 from offramp.checks import FULL_HEAD, Check, GateFile
@@ -200,7 +200,7 @@ def candidates(
     """
     whole = len(trace.rows) if order is None else len(order)
     seen(trace, way.signal, way.exits, way.check)  # refuses what the whole trace lacks
-    part = trace if order is None else selected(trace, order)
+    part = trace if order is None else trace.part(order.tolist())
     scores = seen(part, way.signal, way.exits, way.check)
     coarse = replay_settings(part, way, grid(scores, keep_exits=way.keeps_exits))
     every = np.arange(whole)

@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 
 import numpy as np
 import torch
 
-from offramp.calibrate.certify import Indices
 from offramp.trace import Trace
 
 
 def counted(trace: Trace) -> Trace:
     """Return the trace without the texts that have no counted token."""
-    return selected(trace, np.flatnonzero(trace.rows))
-
-
-def selected(trace: Trace, sequences: Indices) -> Trace:
-    """Return the trace of some of its texts, in the order given."""
-    kept = sequences.tolist()
-    if kept == list(range(len(trace.rows))):
-        return trace
-    ids = trace.ids.split(list(trace.lengths))
-    rows = torch.arange(sum(trace.rows)).split(list(trace.rows))
-    index = torch.cat([rows[i] for i in kept])
-    return replace(
-        trace,
-        ids=torch.cat([ids[i] for i in kept]),
-        lengths=tuple(trace.lengths[i] for i in kept),
-        rows=tuple(trace.rows[i] for i in kept),
-        chosen=trace.chosen[index],
-        loss=trace.loss[index],
-        scores={name: column[index] for name, column in trace.scores.items()},
-        hidden=None if trace.hidden is None else trace.hidden[index],
-    )
+    return trace.part(np.flatnonzero(trace.rows).tolist())
 
 
 def text_hash(trace: Trace) -> str:
