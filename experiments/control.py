@@ -12,6 +12,8 @@ caches and the control, which goes on from text to text.
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 import time
 from pathlib import Path
 from statistics import median, quantiles
@@ -62,7 +64,7 @@ def main() -> None:
         for row in raced(model, runs, name, prompts, options.rounds, options.tokens)
     ]
     record = {
-        "command": "python experiments/control.py --out results/control.json",
+        "command": f"python experiments/control.py {shlex.join(sys.argv[1:])}",
         "model": model.name,
         "seed": None,
         "backbone": model.backbone.name,

@@ -1,0 +1,143 @@
+"""The tables of what decides where to leave; ``tables.py`` writes them into the pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def oracle(record: dict[str, Any]) -> str:
+    """Return what a depth per text could gain, what is noise, and what a router recovers."""
+    lines = [
+        "| text, score | layers | fixed | oracle | held-out | null | route | recovered (95%) |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    ends = []
+    for arm in record["arms"]:
+        name = f"{arm['text']}, {arm['score']}"
+        for row in arm["rows"][::2]:
+            cells = (row["fixed"], row["oracle"], row["held_out"], row["null"], row["route"])
+            shown = ["" if cell is None else f"{cell:.3f}" for cell in cells]
+            lines.append(
+                f"| {name} | {row['budget']:g} | {' | '.join(shown)} | {_recovered(row)} |"
+            )
+        low, high = arm["smallest_interval"]
+        half = arm["smallest_held_out"]
+        null = "" if arm["null_gain"] is None else f", {arm['null_gain']:.3f} by seed alone"
+        ends.append(
+            f"- {name}: {arm['texts']} texts, full model {arm['full']:.3f}; the oracle equals it "
+            f"at {arm['smallest']:.1f} layers ({low:.1f} to {high:.1f}), held out "
+            f"{'never' if half is None else f'at {half:.1f}'}. With depth for free it gains "
+            f"{arm['gain']:.3f}, {arm['held_out_gain']:.3f} held out{null}. The router explains "
+            f"{arm['router']['explained']:.1%} of what differs between texts."
+        )
+    return "\n".join([*lines, "", *ends]) + (
+        f"\n\n{record['model']}, {record['weights']}, {record['max_new_tokens']} tokens of each "
+        f"text, teacher-forced. Written by `{record['command']}`."
+    )
+
+
+def _recovered(row: dict[str, Any]) -> str:
+    if row["recovered"] is None:
+        return ""
+    low, high = row["recovered_interval"]
+    return f"{row['recovered']:.0%} ({low:.0%} to {high:.0%})"
+
+
+def adainfer(record: dict[str, Any]) -> str:
+    """Return what each classifier saves on average over the tasks, with and without its looks."""
+    lines = [
+        "| classifier | fitted on | looks through | tasks | accuracy (full depth) | mean depth "
+        "| layers saved | operations | without looking |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['kind']} | {row['scope']} | {row['check']} | {row['tasks']} "
+        f"| {row['accuracy']:.3f} ({row['full_accuracy']:.3f}) | {row['mean_depth']:.1f} "
+        f"| {row['layers_saved']:.1%} | {row['flops_ratio']:.2f} "
+        f"| {row['flops_ratio_without_checks']:.2f} |"
+        for row in record["means"]
+    ]
+    run = "; ".join(
+        f"{row['check']}: the loop's depths are the replay's on {row['same_depths']:.0%} of items, "
+        f"operations {row['flops_ratio']:.2f}, time {row['seconds_ratio']:.2f} of full depth"
+        for row in record["measured"]
+    )
+    tasks = ", ".join(
+        f"{name} {facts['texts']} ({facts['full_accuracy']:.0%})"
+        for name, facts in record["tasks"].items()
+    )
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, operations of the whole prompt against full depth. Items, and "
+        f"full accuracy: {tasks}. On the clock, SST-2: {run}. Written by `{record['command']}`."
+    )
+
+
+def skip_exit(record: dict[str, Any]) -> str:
+    """Return what skipping and exiting do at equal numbers of layers."""
+    lines = [
+        "| layers | arm | loss | agreement | KL | cosine | cosine, norm on one side |",
+        "|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    whole = [{"layers": "all", "arm": "full", **record["full"]}]
+    lines += [
+        f"| {row['layers']} | {row['arm']} | {row['loss']:.2f} | {row['agreement']:.1%} "
+        f"| {row['kl']:.2f} | {row['cosine']:.3f} | {row['cosine_no_norm']:.3f} |"
+        for row in [*record["rows"], *whole]
+    ]
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, {record['tokens']} tokens of {record['data']}, teacher-forced; "
+        f"greedy paths were searched on {record['tokens_searched']} others. Written by "
+        f"`{record['command']}`."
+    )
+
+
+def control(record: dict[str, Any]) -> str:
+    """Return what controlled speculation takes of plain decoding."""
+    lines = [
+        "| text | contestant | time to plain (quartiles) | drafted | right |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        low, high = row["time_ratio_quartiles"]
+        lines.append(
+            f"| {row['text']} | {row['name']} | {row['time_ratio']:.3f} ({low:.3f}-{high:.3f}) "
+            f"| {row['drafted']} | {row['accepted']} |"
+        )
+    machine = record["machine"]
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, {record['weights']}, {record['tokens']} tokens, "
+        f"{machine['threads']} threads of {machine['processor']}; {record['rounds']} rounds in "
+        f"turns, all tokens equal. Written by `{record['command']}`."
+    )
+
+
+def policies(record: dict[str, Any]) -> str:
+    """Return every policy at one risk: depth, operations, predicted and measured time."""
+    lines = [
+        "| policy | risk on held-out texts (95%) | mean depth | operations | predicted time "
+        "| measured time (quartiles) |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    notes = []
+    for row in record["rows"]:
+        if "risk" not in row:
+            notes.append(f"{row['name']}: {row['note']}")
+            continue
+        low, high = row["risk_interval"]
+        operations = f"{row['flops_ratio']:.2f}" if "flops_ratio" in row else ""
+        took = ""
+        if "time_ratio" in row:
+            first, last = row["time_ratio_quartiles"]
+            took = f"{row['time_ratio']:.2f} ({first:.2f}-{last:.2f})"
+        lines.append(
+            f"| {row['name']} | {row['risk']:.3f} ({low:.3f} to {high:.3f}) "
+            f"| {row['mean_depth']:.1f} | {operations} | {row['predicted_ratio']:.2f} | {took} |"
+        )
+    agreement = ", ".join(f"{share:.0%} at {depth}" for depth, share in record["agreement"].items())
+    left = f" Not in the table: {'; '.join(notes)}." if notes else ""
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, {record['weights']}, exits look through {record['check']}; risk "
+        f"asked at most {record['alpha']:g} on the half that chooses; {record['texts']} texts, "
+        f"{record['tokens']} tokens; agreement with the last layer {agreement}. Full depth = 1."
+        f"{left} Written by `{record['command']}`."
+    )
