@@ -230,7 +230,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "README.md": {"bench": bench, "costs": costs},
     "docs/calibration.md": {"certificates_stories": certificates},
     "docs/clock.md": {"clock": clock},
-    "docs/tuning.md": {"train_speed": train_speed},
+    "docs/tuning.md": {"train_speed": train_speed, "narrow_sst2": narrow},
     "docs/laws.md": {"lossless": lossless},
     "docs/families.md": {"families": families},
 }

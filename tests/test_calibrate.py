@@ -268,6 +268,28 @@ def test_the_command_line_writes_a_certified_plan(
     assert "not measured" in shown
 
 
+def test_a_plan_with_a_short_head_is_certified_for_what_that_chooses(
+    shell: Shell, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Its trace, its certificate, its drift and its audit are all of the tokens it writes."""
+    prompts, out, trace = (tmp_path / name for name in ("p.txt", "plan.json", "t.safetensors"))
+    prompts.write_text("".join(f"tell me of {i}\n" for i in range(24)))
+    base = ["calibrate", checkpoint, "--backbone", "hf", "--prompts", prompts, "--exits", "2,4"]
+    more = ["--alpha", 0.98, "--delta", 0.6, "--method", "betting", "--max-new-tokens", 6]
+    record = shell.json(*base, *more, "--head", "shortlist:99", "--out", out)
+    run = read_plan(out).run
+    assert isinstance(run, Exit)
+    assert str(run.head) == str(run.check) == "shortlist:99"
+    assert record["plan"]["certificate"]["drift"] is not None
+    said = ["generate", checkpoint, "--backbone", "hf", "--prompts", prompts, "--plan", out]
+    answers = shell.json(*said, "--max-new-tokens", 6, "--audit", 1)
+    assert answers["audit"]["seen"] == 24
+    shell(
+        "trace", checkpoint, "--backbone", "hf", "--prompts", prompts, "--plan", out, "--out", trace
+    )
+    assert load_trace(trace).head == "shortlist:99"
+
+
 def test_bad_input_ends_in_one_line(
     shell: Shell,
     checkpoint: Path,
@@ -290,6 +312,9 @@ def test_bad_input_ends_in_one_line(
     shell.refused(2, "the same for every token", *read, "--signal", "fixed")
     shell.refused(2, "unknown signal", *read, "--signal", "nonsense")
     shell.refused(2, "seen by the check full", *read, "--check", "shortlist:9")
+    shell.refused(2, "chose by the head full", *read, "--check", "full", "--head", "shortlist:9")
+    shell.refused(2, "two short heads", *read, "--check", "shortlist:8", "--head", "shortlist:9")
+    shell.refused(2, "what it loses in nats", *read, "--head", "shortlist:9", "--risk", "loss")
     shell.refused(2, "0 or 1 per sequence", *read, "--method", "binomial", "--alpha", 0.5)
     trace, wrong = load_trace(traced), tmp_path / "wrong.safetensors"
     chosen = torch.cat([trace.chosen[:, -1:] + 1] * 2 + [trace.chosen[:, -1:]], 1)
@@ -354,4 +379,6 @@ def test_prices_are_those_of_the_cost_model(tiny: offramp.Model) -> None:
     short = Shortlist(size=9)
     cheap = pricing(shape, short, trace, None)((2, 4), (0.5, 0.2))
     share = check_in_heads(shape, short.weights(shape))
-    assert cheap == exit_ratio(shape, (2, 4), (0.5, 0.2), check=share) < full
+    assert cheap == exit_ratio(shape, (2, 4), (0.5, 0.2), check=share, choose=1.0) < full
+    chosen = pricing(shape, short, trace, None, short)((2, 4), (0.5, 0.2))
+    assert chosen == exit_ratio(shape, (2, 4), (0.5, 0.2), check=share) < cheap

@@ -221,7 +221,8 @@ def exit_ratio(
     context: int = _CONTEXT,
     *,
     copy: bool = False,
-    check: float | None = None,
+    check: float = 1.0,
+    choose: float = 0.0,
 ) -> float:
     """Return the predicted cost per token of leaving early against full depth.
 
@@ -231,17 +232,17 @@ def exit_ratio(
 
     Args:
         shape: the model.
-        exits: where a full-vocabulary check is made, ascending.
+        exits: where tokens are asked, ascending.
         shares: the share of tokens that leave at each exit; the rest runs to the end.
         constants: of the machine and backbone, where measured.
         context: tokens before the ones predicted.
         copy: skipped layers are filled at once, instead of tokens waiting for them.
-        check: cost of a cheap check, one readout = 1; None for the full head, which then has read
-            out the token that leaves.
+        check: cost of asking a token, one readout of the full head = 1.
+        choose: cost of then reading out a token that leaves, likewise; 0 where the check has.
     """
     price, depth = Prices(shape, constants, context), shape.num_layers
     going, start, run = 1.0, 0, 0.0
-    cost = 0.0 if check is None else price.head()
+    cost = 0.0
     for stop, share in zip((*exits, depth), (*shares, 0.0), strict=True):
         passes, rows = going, 1.0
         if constants is not None and not copy:
@@ -249,10 +250,8 @@ def exit_ratio(
             rows = 1 / passes
         cost += passes * price.layers(stop - start, rows)
         run += passes * (stop - start)
-        if check is None:
-            cost += going * price.head()
-        elif stop < depth:
-            cost += going * check * price.head()
+        reads = 1.0 if stop == depth else check
+        cost += (going * reads + share * choose) * price.head()
         if copy:
             cost += share * price.fill(depth - stop)
         going, start = going - share, stop

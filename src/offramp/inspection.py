@@ -19,7 +19,18 @@ from offramp.cost import (
     path_ratio,
     speculation_ratio,
 )
-from offramp.plan import Adapt, Exit, Full, Path, Route, Run, Skip, Speculate, in_heads
+from offramp.plan import (
+    Adapt,
+    Exit,
+    Full,
+    Path,
+    Route,
+    Run,
+    Skip,
+    Speculate,
+    in_heads,
+    reading,
+)
 from offramp.policy import Threshold
 from offramp.speculate import Draft
 from offramp.timing import Constants
@@ -160,8 +171,13 @@ def at_best(run: Run, shape: Shape, constants: Constants) -> float:
         case Exit():
             exits = run.policy.exits
             shares = [1.0] + [0.0] * (len(exits) - 1)
-            check = None if run.check == FULL_HEAD else in_heads(run.check, shape)
-            return exit_ratio(shape, exits, shares, constants, copy=run.kv == "copy", check=check)
+            check, choose = reading(run.sees, run.head, shape)
+            return exit_ratio(
+                *(shape, exits, shares, constants),
+                copy=run.kv == "copy",
+                check=check,
+                choose=choose,
+            )
         case Skip():  # a token may skip all but the layers without a gate
             depth = shape.num_layers - len(run.weights.weights)
             return path_ratio(shape, max(depth, 1), constants)

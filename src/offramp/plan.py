@@ -319,6 +319,12 @@ def in_heads(check: Check, shape: Shape) -> float:
     return 1.0 if check == FULL_HEAD else check_in_heads(shape, check.weights(shape))
 
 
+def reading(check: Check, head: Head, shape: Shape) -> tuple[float, float]:
+    """Return the price of asking a token, and of then choosing it if it leaves; 1 = a readout."""
+    asking = 0.0 if isinstance(check, GateFile) else in_heads(check, shape)
+    return asking, 0.0 if check == head else in_heads(head, shape)
+
+
 def cheap_weights(plan: Plan, shape: Shape) -> int:
     """Return the matrix weights that one row of the plan's cheap head multiplies; 0 for none.
 

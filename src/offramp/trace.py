@@ -8,7 +8,7 @@ replay gives the very depths of the real loop.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from offramp.backbone import Backbone
 from offramp.batch import Span, Text
-from offramp.checks import FULL_HEAD, Check, GateFile
+from offramp.checks import FULL_HEAD, Check, GateFile, Head
 from offramp.classifier import Classified
 from offramp.decode import MAX_WAITING
 from offramp.errors import OfframpError, UsageError
@@ -51,7 +51,7 @@ class Trace:
     rows: tuple[int, ...]
     """Counted rows of each text: its last ``rows`` positions but one."""
     chosen: Tensor
-    """``[T, E + 1]`` int32: the most probable token at each exit and at the last layer."""
+    """``[T, E + 1]`` int32: what ``head`` chooses at each exit, the full one at the last layer."""
     loss: Tensor
     """``[T, E + 1]`` fp32: cross-entropy of the text's own next token, in nats."""
     scores: dict[str, Tensor]
@@ -60,6 +60,8 @@ class Trace:
     """``[T, E + 1, D]``: the states, where they were kept."""
     check: str = "full"
     """The check whose scores these are, as it calls itself: ``str(check)``."""
+    head: str = "full"
+    """What chooses the token of a row that leaves, likewise; losses are always the full head's."""
 
     @cached_property
     def agrees(self) -> Tensor:
@@ -71,6 +73,14 @@ class Trace:
         """Return the texts' own next token at every counted row, ``[T]`` int32."""
         texts = self.ids.split(list(self.lengths))
         return torch.cat([ids[len(ids) - n :] for ids, n in zip(texts, self.rows, strict=True)])
+
+    def must_choose_by(self, head: Head) -> None:
+        """Refuse another head than the one by which the trace's exits chose (UsageError)."""
+        if str(head) != self.head:
+            raise UsageError(
+                f"the trace's exits chose by the head {self.head}, not {head}; record it with "
+                "this one"
+            )
 
     def part(self, texts: Sequence[int]) -> Trace:
         """Return the trace of some of its texts, by their indices, in this order."""
@@ -100,6 +110,7 @@ class Trace:
             "lengths": self.lengths,
             "rows": self.rows,
             "check": self.check,
+            "head": self.head,
         }
         tensors = {"ids": self.ids, "chosen": self.chosen, "loss": self.loss}
         tensors |= {f"scores.{name}": column for name, column in self.scores.items()}
@@ -136,6 +147,7 @@ def load_trace(path: Path) -> Trace:
             },
             hidden=tensors.get("hidden"),
             check=str(facts.get("check", "full")),
+            head=str(facts.get("head", "full")),
         )
     except OSError as error:
         raise OfframpError(f"cannot read the trace {path}: {error.strerror or error}") from error
@@ -151,6 +163,8 @@ def record(
     *,
     keep_hidden: bool = False,
     check: Check = FULL_HEAD,
+    head: Head = FULL_HEAD,
+    ends: Collection[int] = (),
 ) -> Trace:
     """Run every text once at full depth and write down what each exit sees.
 
@@ -159,17 +173,23 @@ def record(
         texts: (token ids, number of leading tokens that are given and not counted).
         exits: depths to look at; every depth by default.
         keep_hidden: keep the states, so that policies that look at them can be replayed too.
-        check: what the signals are computed from; choices and losses are always the full head's.
+        check: what the signals are computed from; losses are always the full head's.
+        head: what chooses at an exit, as in :class:`offramp.Exit`; it is the check, too, where that
+            is the full one.
+        ends: tokens that end a text, which a short head can choose as well.
 
     Raises:
-        UsageError: exits the model lacks, a check it cannot make, or no text with a counted token.
+        UsageError: exits the model lacks, a check or a head it cannot make, or no text with a
+            counted token.
     """
     depth = backbone.shape.num_layers
     exits = tuple(range(1, depth)) if exits is None else tuple(exits)
     check_exits(exits, depth)
-    check.must_fit(backbone.shape)
-    look = check.look(backbone)
-    parts = [_record_one(backbone, list(ids), given, exits, look) for ids, given in texts]
+    check = head if check == FULL_HEAD else check
+    for part in (check, head):
+        part.must_fit(backbone.shape)
+    eyes = _Eyes(check.look(backbone), head.choose(backbone, ends))
+    parts = [_record_one(backbone, list(ids), given, exits, eyes) for ids, given in texts]
     if not sum(len(part.hidden) for part in parts):
         raise UsageError("there is nothing to trace: no text has a token to predict")
     names = sorted(registry()) if exits else []
@@ -184,8 +204,19 @@ def record(
         loss=torch.cat([part.loss for part in parts]),
         scores={name: torch.cat([part.scores[name] for part in parts]) for name in names},
         hidden=torch.cat([part.hidden for part in parts]) if keep_hidden else None,
-        check="full" if look is None else str(check),
+        check="full" if eyes.look is None else str(check),
+        head=str(head),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Eyes:
+    """How an exit reads its rows; None: by the full head."""
+
+    look: Readout | None
+    """What signals are computed from."""
+    choose: Readout | None
+    """What chooses the token."""
 
 
 @dataclass
@@ -200,14 +231,14 @@ class _Part:
 
 
 def _record_one(
-    backbone: Backbone, ids: list[int], given: int, exits: tuple[int, ...], look: Readout | None
+    backbone: Backbone, ids: list[int], given: int, exits: tuple[int, ...], eyes: _Eyes
 ) -> _Part:
     first = max(given, 1) - 1
     states = _states(backbone, ids, exits)[first:-1]  # the last position predicts nothing known
     targets = torch.tensor(ids[first + 1 :], device=states.device)
     chunk = max(_BUDGET // (backbone.shape.vocab_size * (len(exits) + 1)), 1)
     columns = [
-        _judge(backbone, rows, wanted, exits, look)
+        _judge(backbone, rows, wanted, exits, eyes)
         for rows, wanted in zip(states.split(chunk), targets.split(chunk), strict=True)
         if len(rows)
     ]
@@ -243,7 +274,7 @@ def _judge(
     states: Tensor,
     targets: Tensor,
     exits: Sequence[int],
-    look: Readout | None,
+    eyes: _Eyes,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return choices and losses ``[n, E + 1]`` and signals ``[n, E]`` of some rows."""
     depth = backbone.shape.num_layers
@@ -251,8 +282,10 @@ def _judge(
     chosen, loss = [], []
     scores: dict[str, list[Tensor]] = {name: [] for name in registry()}
     for column, stop in enumerate((*exits, depth)):
-        probe = Probe(stop, depth, states[:, column], backbone.readout, probe, look=look)
-        chosen.append(probe.logits.argmax(-1).int())
+        probe = Probe(stop, depth, states[:, column], backbone.readout, probe, look=eyes.look)
+        choose = None if stop == depth else eyes.choose
+        picks = probe.logits if choose is None else choose(states[:, column], stop)
+        chosen.append(picks.argmax(-1).int())
         loss.append(
             torch.nn.functional.cross_entropy(probe.logits.float(), targets, reduction="none")
         )
@@ -285,6 +318,7 @@ def replay(
     max_waiting: int = MAX_WAITING,
     exit_prompt: bool = False,
     check: Check = FULL_HEAD,
+    head: Head = FULL_HEAD,
     backbone: Backbone | None = None,
 ) -> Replay:
     """Return what ``policy`` would have done on these texts, ``kv="exact"``.
@@ -295,12 +329,16 @@ def replay(
         max_waiting: as in :func:`offramp.decode.decode`.
         exit_prompt: as in :func:`offramp.decode.decode`; else each text's first row stays.
         check: what the policy's signal is computed from.
+        head: what chooses the token of a row that leaves; it is the check, too, where that is full.
         backbone: the model, for a trace that kept hidden states: the policy may then look at
             anything, through any check, at any subset of the exits.
 
     Raises:
-        UsageError: the trace lacks what the policy asks for, or its scores are of another check.
+        UsageError: the trace lacks what the policy asks for, or its scores are of another check, or
+            its choices of another head.
     """
+    trace.must_choose_by(head)
+    check = head if check == FULL_HEAD else check
     columns = _columns(trace, policy)
     leaves = _decisions(trace, policy, columns, check, backbone)
     full = len(trace.exits)

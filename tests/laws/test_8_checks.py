@@ -586,3 +586,26 @@ def test_what_an_exit_chooses_by_is_what_a_full_check_sees(family: str) -> None:
     wrong = Plan(run=plans[0].model_copy(update={"check": Shortlist(size=9)}))
     with pytest.raises(UsageError, match="second cheap head"):
         wrong.check(backbone)
+
+
+@pytest.mark.parametrize("family", BOTH)
+@pytest.mark.parametrize("check", [FULL_HEAD, Tokens(tokens=(3, 9, 40, 41, 77))], ids=str)
+def test_a_replay_with_a_short_head_is_the_loop_with_it(family: str, check: Check) -> None:
+    """The trace knows what it would choose, ends of texts among it, and is no other head's."""
+    backbone, end = opened(family), 150
+    head = Tokens(tokens=(3, 9, 40, 41, 77))
+    policy = Threshold("margin", ((2, 0.2), (4, 0.1)))
+    run = Exit(signal="margin", thresholds=dict(policy.thresholds), check=check, head=head)
+    pairs, depths = [], []
+    for ids in texts_of(backbone, [8, 5, 3], seed=4):
+        request = Request(list(ids), 10, eos=frozenset({end}))
+        tokens = list(execute(backbone, [request], run))
+        pairs.append((ids + [token.id for token in tokens], len(ids)))
+        depths += [token.depth for token in tokens]
+    trace = record(backbone, pairs, (2, 4), check=check, head=head, ends={end})
+    replayed = replay(trace, policy, check=check, head=head)
+    assert {2, backbone.shape.num_layers} <= set(depths)
+    assert replayed.depths.tolist() == depths
+    assert replayed.chosen.tolist() == [token for ids, given in pairs for token in ids[given:]]
+    with pytest.raises(UsageError, match="chose by the head full, not tokens:5#"):
+        replay(record(backbone, pairs, (2, 4), check=head), policy, check=head, head=head)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from offramp.backbone import Backbone
 from offramp.calibrate.drift import Monitor, replayed_losses
@@ -41,6 +41,7 @@ def audit(
     plan: Plan,
     share: float,
     *,
+    eos: Collection[int] = (),
     seed: int = 0,
 ) -> Monitor:
     """Return the monitor of a plan's risk after re-checking some of its greedy answers.
@@ -53,6 +54,7 @@ def audit(
         answers: (token ids with the prompt, prompt tokens), in the order they were written.
         plan: a certified plan, which wrote them.
         share: of the answers that is re-checked, each by its own coin.
+        eos: tokens that end a text, which a short head can choose as well.
         seed: of the coins.
 
     Raises:
@@ -62,6 +64,6 @@ def audit(
     monitor, coin = Monitor(made.alpha, made.delta or _CONFORMAL_DELTA), random.Random(seed)
     for ids, given in answers:
         if coin.random() < share:
-            [loss] = replayed_losses(backbone, [(ids, given)], run, made.risk).tolist()
+            [loss] = replayed_losses(backbone, [(ids, given)], run, made.risk, eos).tolist()
             monitor.update(loss)
     return monitor

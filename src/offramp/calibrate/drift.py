@@ -6,7 +6,7 @@ stand on its earlier ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -25,7 +25,11 @@ _BETS = np.array([0.02, 0.05, 0.1, 0.2, 0.4, 0.8])
 
 
 def replayed_losses(
-    backbone: Backbone, texts: Iterable[tuple[Sequence[int], int]], run: Exit, risk: str
+    backbone: Backbone,
+    texts: Iterable[tuple[Sequence[int], int]],
+    run: Exit,
+    risk: str,
+    eos: Collection[int] = (),
 ) -> Floats:
     """Return the loss of each text ``[S]`` under a policy: one full pass over it, and a replay.
 
@@ -34,13 +38,14 @@ def replayed_losses(
     Args:
         backbone: the model.
         texts: (token ids, number of leading ones that are given); each has a counted token.
-        run: the policy; its tokens are chosen by the full head.
+        run: the policy.
         risk: one of :data:`offramp.calibrate.risks.RISKS`.
+        eos: tokens that end a text, which a short head can choose as well.
     """
     if run.signal == "gate":
         raise UsageError("the check in use replays scores, and a gate has none in a trace")
     exits = run.policy.exits
-    trace = record(backbone, texts, exits, check=run.check)
+    trace = record(backbone, texts, exits, check=run.check, head=run.head, ends=eos)
     losses: Floats = replay_all(
         trace,
         trace.scores[run.signal],
@@ -82,7 +87,7 @@ def measure(
         progress: told the number of texts that ended.
     """
     texts = write(backbone, prompts, run, eos=eos, batch_size=batch_size, progress=progress)
-    own = replayed_losses(backbone, texts, run, risk)
+    own = replayed_losses(backbone, texts, run, risk, eos)
     return Drift(n=len(texts), full_text=float(full_text.mean()), own_text=float(own.mean()))
 
 

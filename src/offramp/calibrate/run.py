@@ -33,7 +33,7 @@ from offramp.calibrate.settings import (
 from offramp.calibrate.texts import counted
 from offramp.calibrate.verify import Verification, verify
 from offramp.certificate import Certificate, Drift, HeldOut
-from offramp.checks import FULL_HEAD, Check, GateFile
+from offramp.checks import FULL_HEAD, Check, GateFile, Head
 from offramp.decode import MAX_WAITING
 from offramp.errors import UsageError
 from offramp.plan import Exit, ModelId, Plan, sealed
@@ -48,6 +48,8 @@ class Way:
     exits: tuple[int, ...]
     signal: str = "max_prob"
     check: Check = FULL_HEAD
+    head: Head = FULL_HEAD
+    """What chooses the token of a row that leaves."""
     max_waiting: int = MAX_WAITING
     exit_prompt: bool = False
 
@@ -216,6 +218,7 @@ def replay_settings(
     progress: Callable[[int, int], object] = lambda done, all_of: None,
 ) -> Replays:
     """Replay settings ``[M, E]`` on all of a trace; progress is told (done, of all)."""
+    trace.must_choose_by(way.head)
     done = [0]
 
     def more(count: int) -> None:
@@ -242,4 +245,5 @@ def run_of(way: Way, thresholds: Tensor) -> Exit:
         max_waiting=way.max_waiting,
         exit_prompt=way.exit_prompt,
         check=way.check,
+        head=way.head,
     )

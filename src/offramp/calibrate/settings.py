@@ -18,10 +18,11 @@ from torch import Tensor
 from offramp.backbone import Shape
 from offramp.calibrate.bounds import Floats
 from offramp.calibrate.replays import Replays
-from offramp.checks import FULL_HEAD, Check, GateFile
-from offramp.cost import check_in_heads, exit_ratio
+from offramp.checks import FULL_HEAD, Check, GateFile, Head
+from offramp.cost import exit_ratio
 from offramp.errors import UsageError
 from offramp.gate import load_gate
+from offramp.plan import reading
 from offramp.policy import check_exits
 from offramp.signals import find
 from offramp.timing import Constants
@@ -37,13 +38,19 @@ Price = Callable[[Sequence[int], Sequence[float]], float]
 """``(exits, shares that leave there) -> predicted cost per token``, full depth = 1."""
 
 
-def pricing(shape: Shape, check: Check, trace: Trace, constants: Constants | None) -> Price:
+def pricing(
+    shape: Shape,
+    check: Check,
+    trace: Trace,
+    constants: Constants | None,
+    head: Head = FULL_HEAD,
+) -> Price:
     """Return what predicts the cost of leaving: time where it was measured, else weights read."""
-    cheap = None if check == FULL_HEAD else check_in_heads(shape, check.weights(shape))
+    asking, choosing = reading(check, head, shape)
     context = sum(trace.lengths) // len(trace.lengths)
 
     def price(exits: Sequence[int], shares: Sequence[float]) -> float:
-        return exit_ratio(shape, exits, shares, constants, context, check=cheap)
+        return exit_ratio(shape, exits, shares, constants, context, check=asking, choose=choosing)
 
     return price
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from offramp.calibrate.verify import Verification
     from offramp.card import Card
     from offramp.certificate import Drift
-    from offramp.checks import Check
+    from offramp.checks import Check, Head
     from offramp.model import Model
     from offramp.text import Prompt
     from offramp.trace import Trace
@@ -76,6 +76,7 @@ def calibrate(
         typer.Option(metavar="DEPTH,...", help="Up to 6 exits; the trace's or the tuned model's."),
     ] = None,
     check: o.CheckText = None,
+    head: o.HeadText = None,
     max_waiting: Annotated[
         int, typer.Option(min=1, help="Tokens of a text that may wait for the deeper layers.")
     ] = 16,
@@ -117,7 +118,7 @@ def calibrate(
     from offramp.calibrate.run import Way, calibrate, exits_of
     from offramp.calibrate.settings import pricing
     from offramp.calibrate.texts import counted
-    from offramp.checks import parse_check
+    from offramp.checks import parse_check, parse_head
     from offramp.cli.certificate import show
     from offramp.cli.output import environment, finish
     from offramp.model import load
@@ -125,7 +126,9 @@ def calibrate(
     from offramp.timing import known
 
     goal = Goal(risk.value, alpha, delta, method.value)
-    looked_at = parse_check(check or "full")
+    chosen_by = parse_head(head or "full")
+    looked_at = chosen_by if check is None else parse_check(check)
+    _must_go_together(goal, looked_at, chosen_by)
     if wanted:
         must_be_enough(len(wanted), goal)
     loaded = load(
@@ -137,6 +140,7 @@ def calibrate(
     )
     signal = "gate" if looked_at.kind == "gate" else signal
     _must_fit(loaded, depths, signal, looked_at)
+    chosen_by.must_fit(loaded.backbone.shape)
     if trace is None:
         depths = depths or (loaded.card.exits if loaded.card else None)
         if depths is None:
@@ -145,15 +149,17 @@ def calibrate(
             loaded, wanted, raw=raw, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
         hidden = looked_at.kind == "gate"
-        recorded = traced(loaded, texts, depths, keep_hidden=hidden, check=looked_at)
+        recorded = traced(
+            loaded, texts, depths, keep_hidden=hidden, check=looked_at, head=chosen_by
+        )
     else:
         recorded = _read(trace, loaded)
     recorded = counted(recorded)
     data = _hashes(prompts, recorded)
     _warn(data, loaded.card)
-    way = Way(exits_of(recorded, depths), signal, looked_at, max_waiting, exit_prompt)
+    way = Way(exits_of(recorded, depths), signal, looked_at, chosen_by, max_waiting, exit_prompt)
     constants = known(loaded.backbone)
-    price = pricing(loaded.backbone.shape, looked_at, recorded, constants)
+    price = pricing(loaded.backbone.shape, looked_at, recorded, constants, chosen_by)
     with _bar("settings") as told:
         found = calibrate(recorded, way, goal, price, seed=seed, progress=told)
     checked = _verified(recorded, way, goal, price, verify, seed) if verify else None
@@ -197,6 +203,19 @@ def _given(prompts: Path | None, trace: Path | None, limit: int | None) -> list[
 def _must_be_installed() -> None:
     if find_spec("scipy") is None:
         raise OfframpError("calibration needs scipy: pip install 'offramp[calibrate]'")
+
+
+def _must_go_together(goal: Goal, check: Check, head: Head) -> None:
+    """Refuse a risk that a short head leaves unknown, and two short heads."""
+    if head.kind == "full":
+        return
+    if goal.risk == "loss":
+        raise UsageError(
+            f"{head} gives most tokens no probability, so what it loses in nats is not known: "
+            "certify disagreement, divergence or error, or leave out --head"
+        )
+    if check != head and check.kind not in ("full", "gate"):
+        raise UsageError(f"--check {check} beside --head {head} would be two short heads: name one")
 
 
 def _must_fit(model: Model, depths: tuple[int, ...] | None, signal: str, check: Check) -> None:

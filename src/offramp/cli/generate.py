@@ -171,7 +171,7 @@ def _audited(
         prompt = encode(model.tokenizer, output.prompt, raw=raw)
         texts.append((prompt + output.token_ids, len(prompt)))
     with tqdm(texts, desc="audit", unit="answer", leave=False) as bar:
-        monitor = audit(model.backbone, bar, plan, share)
+        monitor = audit(model.backbone, bar, plan, share, eos=model.eos)
     print(
         f"offramp: {'ALARM: the risk is above' if monitor.alarm else 'no alarm: the risk may be'} "
         f"{monitor.alpha:g}{'' if monitor.alarm else ' or less'}, as it was certified; "

@@ -94,7 +94,7 @@ def trace(
     from offramp.cli.detail import curve, details, exit_rows, signal_of
     from offramp.cli.output import environment, finish, table
     from offramp.model import load
-    from offramp.plan import check_of
+    from offramp.plan import Exit, check_of
 
     loaded = load(
         model,
@@ -114,7 +114,8 @@ def trace(
         )
     looked_at = check_of(chosen) if check is None or not alone else parse_check(check)
     keep_hidden |= looked_at.kind == "gate"
-    recorded = traced(loaded, texts, depths, keep_hidden=keep_hidden, check=looked_at)
+    head = chosen.run.head if isinstance(chosen.run, Exit) else None
+    recorded = traced(loaded, texts, depths, keep_hidden=keep_hidden, check=looked_at, head=head)
     if out is not None:
         recorded.save(out)
     rows = exit_rows(recorded)
@@ -156,23 +157,18 @@ def trace(
 
 
 def _replay(recorded: Trace, chosen: Plan) -> Replay | None:
-    from offramp.checks import FULL_HEAD
     from offramp.plan import Exit
     from offramp.trace import replay
 
     if not isinstance(chosen.run, Exit):
         return None
-    if chosen.run.head != FULL_HEAD:
-        raise UsageError(
-            f"a trace knows what the full head chooses, and here {chosen.run.head} chooses the "
-            "tokens that leave: trace the plan without it"
-        )
     return replay(
         recorded,
         chosen.run.policy,
         max_waiting=chosen.run.max_waiting,
         exit_prompt=chosen.run.exit_prompt,
         check=chosen.run.check,
+        head=chosen.run.head,
     )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from offramp.errors import OfframpError, UsageError
 
 if TYPE_CHECKING:
-    from offramp.checks import Check
+    from offramp.checks import Check, Head
     from offramp.model import Model
     from offramp.plan import Plan
     from offramp.report.runs import Generated
@@ -64,15 +64,13 @@ def read_generated(path: Path) -> Generated:
 
 def plan_of(run: Generated) -> Plan:
     """Return the plan to replay on a run's texts: its own, where a trace can replay it."""
-    from offramp.checks import FULL_HEAD
     from offramp.plan import Exit, Plan
 
     try:
         found = Plan.model_validate_json(json.dumps(run.plan))
     except ValueError as error:
         raise OfframpError("the run's plan cannot be read; generate it again") from error
-    replayable = isinstance(found.run, Exit) and found.run.head == FULL_HEAD
-    return found if replayable else Plan()
+    return found if isinstance(found.run, Exit) else Plan()
 
 
 def run_texts(model: Model, run: Generated, limit: int | None) -> tuple[list[Prompt], Texts]:
@@ -107,15 +105,24 @@ def traced(
     *,
     keep_hidden: bool = False,
     check: Check | None = None,
+    head: Head | None = None,
 ) -> Trace:
-    """Record the trace of some texts; its scores are the full head's unless another check's."""
+    """Record the trace of some texts, seen and chosen by the full head unless by these."""
     from tqdm import tqdm
 
     from offramp.checks import FULL_HEAD
     from offramp.trace import record
 
     with tqdm(texts, desc="trace", unit="text", leave=False) as bar:
-        return record(model.backbone, bar, exits, keep_hidden=keep_hidden, check=check or FULL_HEAD)
+        return record(
+            model.backbone,
+            bar,
+            exits,
+            keep_hidden=keep_hidden,
+            check=check or FULL_HEAD,
+            head=head or FULL_HEAD,
+            ends=model.eos,
+        )
 
 
 def timed(model: Model) -> Constants:
