@@ -29,7 +29,7 @@ from tqdm import tqdm
 import offramp
 from offramp.allocate.score import features_of
 from offramp.bench.figures import spread
-from offramp.checks import parse_check
+from offramp.checks import parse_check, parse_head
 from offramp.cli.output import environment, finish
 from offramp.cli.tracing import Texts, own_answers
 from offramp.cost import flops, full_depth
@@ -54,7 +54,8 @@ def main() -> None:
     judge = Judge(
         model=model,
         check=parse_check(options.check),
-        trace=_trace(model, texts, exits, options.check),
+        head=parse_head(options.head),
+        trace=_trace(model, texts, exits, options),
         texts=texts,
         features=features_of(model.backbone, [ids[:first] for ids, first in texts], (look,)),
         look=look,
@@ -75,6 +76,7 @@ def main() -> None:
         "card": None if model.card is None else model.card.recipe.model_dump(mode="json"),
         "weights": "int8",
         "check": options.check,
+        "head": options.head,
         "exits": exits,
         "alpha": options.alpha,
         "seed": options.seed,
@@ -96,6 +98,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--alpha", type=float, default=0.1)
     parser.add_argument("--exits", type=int, nargs="+", help="the model's own by default")
     parser.add_argument("--check", default="shortlist:4096", help="what exits look through")
+    parser.add_argument("--head", default="full", help="what chooses the tokens that leave")
     parser.add_argument("--limit", type=int, default=240, help="prompts, drawn by the seed")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--timed", type=int, default=8, help="held-out prompts to run in turns")
@@ -109,9 +112,19 @@ def _shown(words: Sequence[str]) -> list[str]:
     return [Path(word).name if "/" in word else word for word in words]
 
 
-def _trace(model: offramp.Model, texts: Texts, exits: tuple[int, ...], check: str) -> offramp.Trace:
+def _trace(
+    model: offramp.Model, texts: Texts, exits: tuple[int, ...], options: argparse.Namespace
+) -> offramp.Trace:
     bar = tqdm(texts, desc="trace", unit="text")
-    return offramp.record(model.backbone, bar, exits, keep_hidden=True, check=parse_check(check))
+    return offramp.record(
+        model.backbone,
+        bar,
+        exits,
+        keep_hidden=True,
+        check=parse_check(options.check),
+        head=parse_head(options.head),
+        ends=model.eos,
+    )
 
 
 def _all_found(judge: Judge) -> Iterator[Found]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from offramp.allocate.score import from_trace
 from offramp.allocate.table import ScoreTable
 from offramp.calibrate.run import Way, replay_settings, run_of
 from offramp.calibrate.settings import costs, grid, pricing, seen
-from offramp.checks import Check, GateFile
+from offramp.checks import Check, GateFile, Head
 from offramp.classifier import Classified, Kind
 from offramp.cost import path_ratio
 from offramp.gate import Gate, fit_gate
 from offramp.paths import prefix, unified_skip
-from offramp.plan import Exit, Route, Run
+from offramp.plan import Exit, Route, Run, in_heads
 from offramp.plan import Path as SubModel
 from offramp.policy import Policy
 from offramp.search.passes import opened
@@ -91,6 +91,8 @@ class Judge:
 
     model: offramp.Model
     check: Check
+    head: Head
+    """What chooses the tokens that leave, and all of a sub-model's."""
     trace: Trace
     texts: list[tuple[list[int], int]]
     features: Tensor
@@ -118,19 +120,20 @@ class Judge:
         """Return the predicted cost of tokens that leave at these depths ``[T]``."""
         shares = [(depths == depth).double().mean().item() for depth in exits]
         shape = self.model.backbone.shape
-        return pricing(shape, check, self.trace, self.constants)(exits, shares)
+        return pricing(shape, check, self.trace, self.constants, self.head)(exits, shares)
 
     def by_layers(self, layers: float) -> float:
-        """Return the predicted cost of a sub-model of so many layers, with the full head."""
+        """Return the predicted cost of a sub-model of so many layers."""
         shape = self.model.backbone.shape
-        low = path_ratio(shape, math.floor(layers), self.constants)
-        high = path_ratio(shape, math.ceil(layers), self.constants)
+        head = in_heads(self.head, shape)
+        low = path_ratio(shape, math.floor(layers), self.constants, head=head)
+        high = path_ratio(shape, math.ceil(layers), self.constants, head=head)
         return low + (high - low) * (layers - math.floor(layers))
 
     def judged(self, name: str, run: Exit, policy: Policy, check: Check) -> Found:
         """Return what a run does to the texts that judge."""
         trace = self.judged_on
-        done = replay(trace, policy, check=check)
+        done = replay(trace, policy, check=check, head=self.head)
         wrong = (done.chosen != trace.chosen[:, -1]).double()
         risks = torch.stack([one.mean() for one in wrong.split(list(trace.rows))])
         depth = done.depths.double().mean().item()
@@ -162,7 +165,11 @@ def _classified(judge: Judge, kind: Kind) -> Found:
     def run(level: float) -> Exit:
         thresholds = dict.fromkeys(exits, level)
         return Exit(
-            signal="classifier", thresholds=thresholds, classifier=str(file), check=judge.check
+            signal="classifier",
+            thresholds=thresholds,
+            classifier=str(file),
+            check=judge.check,
+            head=judge.head,
         )
 
     return _one_threshold(judge, name, policy, run, judge.check, (-8.0, 8.0))
@@ -179,20 +186,21 @@ def _gated(judge: Judge) -> Found:
         return Gate(gates, tuple((depth, level) for depth in exits))
 
     def run(level: float) -> Exit:
-        return Exit(signal="gate", thresholds=dict.fromkeys(exits, level), check=looks)
+        thresholds = dict.fromkeys(exits, level)
+        return Exit(signal="gate", thresholds=thresholds, check=looks, head=judge.head)
 
     return _one_threshold(judge, "gates on the state", policy, run, looks, (0.0, 1.0))
 
 
 def _signal(judge: Judge, signal: str) -> Found:
     """Choose joint thresholds as ``offramp calibrate`` does, without its guarantee."""
-    trace, way = judge.chosen_on, Way(judge.trace.exits, signal, judge.check)
+    trace, way = judge.chosen_on, Way(judge.trace.exits, signal, judge.check, judge.head)
     try:
         scores = seen(trace, signal, way.exits, way.check)
     except offramp.UsageError as error:
         return Found(signal, None, None, note=str(error))
     done = replay_settings(trace, way, grid(scores, keep_exits=way.keeps_exits))
-    price = pricing(judge.model.backbone.shape, judge.check, trace, judge.constants)
+    price = pricing(judge.model.backbone.shape, judge.check, trace, judge.constants, judge.head)
     cost = costs(done, np.arange(len(trace.rows)), price)
     kept = done.losses["disagreement"].mean(-1) <= judge.alpha
     if not kept.any():
@@ -213,7 +221,7 @@ def _one_threshold(
     trace, best, (low, high) = judge.chosen_on, (math.inf, math.nan), span
     for step in range(LEVELS + 1):
         level = low + (high - low) * step / LEVELS
-        done = replay(trace, policy(level), check=check)
+        done = replay(trace, policy(level), check=check, head=judge.head)
         risk = (done.chosen != trace.chosen[:, -1]).double().mean().item()
         cost = judge.price(trace.exits, done.depths, check)
         if risk <= judge.alpha and cost < best[0]:
@@ -233,7 +241,7 @@ def found_by_text(judge: Judge) -> Iterator[Found]:
         depth = exits[enough[0]]
         wrong = (~judged.agrees[:, enough[0]]).double().split(list(judged.rows))
         risks = torch.stack([one.mean() for one in wrong])
-        run = SubModel(layers=prefix(depth, last))
+        run = SubModel(layers=prefix(depth, last), head=judge.head)
         yield Found("fixed depth", run, risks, depth, judge.by_layers(depth))
     else:
         yield Found("fixed depth", None, None, note="none of the exits keeps the risk")
@@ -278,6 +286,11 @@ def _evenly(judge: Judge) -> Found:
 def _table(judge: Judge, half: int) -> ScoreTable:
     trace = (judge.chosen_on, judge.judged_on)[half]
     table = from_trace(trace, judge.model.id, "agreement")
+    runs = tuple(
+        SubModel(layers=run.layers, head=judge.head) if isinstance(run, SubModel) else run
+        for run in table.runs
+    )
+    table = replace(table, runs=runs)
     return table.with_features(judge.features[half::2], (judge.look,))
 
 
