@@ -137,7 +137,8 @@ def policies(record: dict[str, Any]) -> str:
     left = f" Not in the table: {'; '.join(notes)}." if notes else ""
     return "\n".join(lines) + (
         f"\n\n{record['model']}, {record['weights']}, exits look through {record['check']}, "
-        f"tokens that leave are chosen by {record['head']}; risk asked at most {record['alpha']:g} on the half that chooses; {record['texts']} texts, "
+        f"tokens that leave are chosen by {record['head']}; risk asked at most "
+        f"{record['alpha']:g} on the half that chooses; {record['texts']} texts, "
         f"{record['tokens']} tokens; agreement with the last layer {agreement}. Full depth = 1."
         f"{left} Written by `{record['command']}`."
     )
