@@ -143,7 +143,7 @@ def _likeness(tasks: Sequence[Task], similarity: bool) -> Likeness | None:
 def _show(judged: Sequence[Judged], depth: int, console: Console) -> None:
     from offramp.cli.output import table
 
-    head = ("score", "against", "plan", "full depth", "difference", "")
+    head = ("score", "against", "plan", "full depth", "difference", "verdict")
     for one in judged:
         left = f", {one.left_out} too long" if one.left_out else ""
         table(f"{one.task}: {one.items} items{left}", head, list(map(_line, one.rows)), console)
