@@ -300,7 +300,7 @@ def test_the_command_tells_what_the_library_finds(
     status, told, _ = shell(*words, "--out", out)
     assert status == 0
     assert "rouge l" in told
-    assert "operations saved" in told
+    assert "saved by the plan" in told
     record = shell.json(*words, "--out", out)
     assert record == json.loads(out.read_text())
     assert record["seed"] == 0

@@ -17,9 +17,7 @@ from offramp.evaluate.overlap import chrf, exact, f1, plain_squad, plain_trivia,
 from offramp.evaluate.scores import LEAST, verdict
 
 LAW = settings(deadline=None, max_examples=50)
-tokens = st.sampled_from(
-    ["The", "a", "an", "bit", "of", "don't", "x_y", "café", "U.S.", "`q´", "3"]
-)
+tokens = st.sampled_from(["The", "a", "an", "bit", "of", "don't", "x_y", "café", "U.S.", "`q", "3"])
 sentences = st.lists(tokens, max_size=8).map(" ".join)
 several = st.lists(sentences, min_size=1, max_size=3)
 

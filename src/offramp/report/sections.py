@@ -183,7 +183,9 @@ def _other(number: int, name: str, run: Run) -> Section:
 
 def _compared(number: int, name: str, run: EvaluateRun) -> Section:
     pictures = [
-        curve_picture(f"evaluate{number}-{i}", one.curve, f"Quality against cost: {one.task}")
+        curve_picture(
+            f"evaluate{number}-{i}", one.curve, f"Quality against cost: {visible(one.task)}"
+        )
         for i, one in enumerate(run.tasks, 1)
     ]
     return Section(
