@@ -116,7 +116,7 @@ def _texts(
     texts = []
     for item in items(name, options.data, options.limit, options.seed):
         ids = model.tokenizer.encode(item.prompt)
-        gold = model.tokenizer.encode(item.answer)[0]
+        gold = model.tokenizer.encode(item.references[0])[0]
         texts.append(([*ids, gold], len(ids)))
     return texts
 

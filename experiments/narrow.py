@@ -36,11 +36,14 @@ from pathlib import Path
 from typing import Any
 
 from narrow_arms import Answers, Arm, answer_all, open_arms, race, shown
-from narrow_data import LABELS, parse_prompt, read_rows
-from narrow_scores import coverage, paired, rouge_l
+from narrow_data import LABELS, read_rows
+from narrow_scores import coverage
 
 from offramp.bench.own import describe
 from offramp.cli.output import environment, finish
+from offramp.evaluate.intervals import paired
+from offramp.evaluate.meanings import parse_prompt
+from offramp.evaluate.overlap import rouge_l
 from offramp.fast.pack import BYTES
 from offramp.files import write_text
 from offramp.plan import check_of

@@ -33,22 +33,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from offramp.evaluate.meanings import Meaning, as_prompt, parse_meaning, parse_prompt
 from offramp.files import write_text
 
 Pair = tuple[str, str]
 """A prompt and one of its completions."""
 Splits = dict[str, list[Pair]]
-Meaning = tuple[tuple[str, str], ...]
-"""Attributes and their values, in the data's order."""
 
-TEXT, SENTIMENT, TOPIC = "\nText:", "\nSentiment:", "\nTopic:"
-SHORT = {
-    "eatType": "type",
-    "priceRange": "price",
-    "customer rating": "rating",
-    "familyFriendly": "family friendly",
-}
-"""Attributes that are called something shorter in prompts."""
+SENTIMENT, TOPIC = "\nSentiment:", "\nTopic:"
 SENTIMENTS = {"0": " negative", "1": " positive"}
 TOPICS = {"1": " World", "2": " Sports", "3": " Business", "4": " Technology"}
 LABELS = {"sst2": tuple(SENTIMENTS.values()), "ag_news": tuple(TOPICS.values())}
@@ -103,29 +95,6 @@ def apart(splits: Splits) -> Splits:
         kept[name] = [pair for pair in splits[name] if pair[0] not in taken]
         taken |= {prompt for prompt, _ in splits[name]}
     return {name: kept[name] for name in splits}
-
-
-def parse_meaning(text: str) -> Meaning:
-    """Return the attributes of ``name[The Eagle], food[English]``, by their names in prompts.
-
-    Raises:
-        ValueError: it is written otherwise, or a prompt could not show it.
-    """
-    found = [(key.strip(), value) for key, value in re.findall(r"([^,\[]+)\[([^\]|\n]*)\]", text)]
-    if ", ".join(f"{key}[{value}]" for key, value in found) != text:
-        raise ValueError(f"no meaning: {text!r}")
-    return tuple((SHORT.get(key, key), value) for key, value in found)
-
-
-def as_prompt(meaning: Meaning) -> str:
-    """Return the prompt that asks for a text with this meaning."""
-    return " | ".join(f"{key}: {value}" for key, value in meaning) + TEXT
-
-
-def parse_prompt(prompt: str) -> Meaning:
-    """Return the meaning that a prompt asks for."""
-    pairs = [part.split(": ", 1) for part in prompt.removesuffix(TEXT).split(" | ")]
-    return tuple((key, value) for key, value in pairs)
 
 
 def invented_names() -> list[str]:

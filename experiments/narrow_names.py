@@ -15,8 +15,9 @@ import json
 import random
 from pathlib import Path
 
-from narrow_data import as_prompt, invented_names, parse_prompt, read_rows
+from narrow_data import invented_names, read_rows
 
+from offramp.evaluate.meanings import as_prompt, parse_prompt
 from offramp.files import write_text
 from offramp.hf.tuned import load_tuned
 from offramp.tune.answers import ANSWERS

@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from narrow_data import TEXT, parse_prompt, read_rows
+from narrow_data import read_rows
 
+from offramp.evaluate.meanings import TEXT, parse_prompt
 from offramp.files import write_text
 from offramp.hf.load import load_checkpoint
 

@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "offramp"
 
 # Lower knows nothing of higher. Modules in one entry may import each other.
 ORDER = [
-    ("errors", "meter", "files", "heads", "machine", "records"),
+    ("errors", "meter", "files", "heads", "journal", "machine", "records"),
     ("shown", "reliability"),
     ("batch", "probe", "readouts", "watch"),
     ("backbone",),
@@ -40,7 +40,7 @@ ORDER = [
     ("hf",),
     ("fast",),
     ("model",),
-    ("bench", "search", "tune", "allocate", "calibrate", "report"),
+    ("bench", "search", "tune", "allocate", "calibrate", "evaluate", "report"),
     ("cli",),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -17,21 +17,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from narrow_arms import Answers, Arm, Clock, Labels, answer_all, open_arms, shown
-from narrow_data import (
-    Meaning,
-    Pair,
-    apart,
-    as_prompt,
-    news,
-    parse_meaning,
-    parse_prompt,
-    synthetic,
-)
-from narrow_scores import Difference, common, coverage, paired, rouge_l
+from narrow_data import Pair, apart, news, synthetic
+from narrow_scores import coverage
 
 import offramp
 from offramp.batch import Text
 from offramp.checks import Tokens
+from offramp.evaluate.intervals import Difference, paired
+from offramp.evaluate.meanings import Meaning, as_prompt, parse_meaning, parse_prompt
+from offramp.evaluate.overlap import common, rouge_l
 from offramp.step import step
 
 LAW = settings(deadline=None, max_examples=60)

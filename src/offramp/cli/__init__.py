@@ -10,6 +10,7 @@ import typer
 from offramp import __version__
 from offramp.cli.bench import bench
 from offramp.cli.calibrate import calibrate
+from offramp.cli.evaluate import evaluate
 from offramp.cli.export import export
 from offramp.cli.fit import fit
 from offramp.cli.generate import generate
@@ -40,6 +41,7 @@ for verb in (
     generate,
     trace,
     oracle,
+    evaluate,
     report,
     bench,
     export,

@@ -15,7 +15,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="FILE...",
-            help="JSON of generate, trace, bench or tune, or any with a quality-cost curve.",
+            help="JSON of generate, trace, bench, tune or evaluate, or any with a curve.",
             show_default=False,
         ),
     ],

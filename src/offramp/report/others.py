@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from offramp.report.parts import Figure
-from offramp.report.runs import BenchRun, Curve, Timed, TraceRun, TuneRun
+from offramp.report.runs import BenchRun, Curve, EvaluateRun, Timed, TraceRun, TuneRun
 from offramp.report.words import depth_figures, describe, mean_depth
 from offramp.shown import visible
 
@@ -85,6 +85,23 @@ def slower(rows: Sequence[Timed]) -> list[str]:
         for row in rows
     ]
     return [f"Slower than full depth: {'; '.join(named)}."] if named else []
+
+
+def about_comparison(run: EvaluateRun) -> str:
+    """Return what was compared, and where."""
+    where = run.machine.get("processor", "unknown machine")
+    return visible(f"evaluate · {run.model} · {describe(run.plan)} · {where}")
+
+
+def comparison_headline(run: EvaluateRun) -> str:
+    """Return a comparison with full depth in one sentence."""
+    said = [
+        f"{visible(one.task)} {point.quality:.3g} at {point.cost:.2f} of the operations, where "
+        f"full depth has {one.curve.full.quality:.3g} ({one.items} items)"
+        for one in run.tasks
+        for point in one.curve.points
+    ]
+    return f"{'; '.join(said)}."
 
 
 def tune_headline(run: TuneRun) -> str:

@@ -10,7 +10,15 @@ from pydantic import ValidationError
 
 from offramp.errors import OfframpError
 from offramp.report import FORMAT
-from offramp.report.runs import BenchRun, CurveRun, Generated, Run, TraceRun, TuneRun
+from offramp.report.runs import (
+    BenchRun,
+    CurveRun,
+    EvaluateRun,
+    Generated,
+    Run,
+    TraceRun,
+    TuneRun,
+)
 
 _MOST_BYTES = 2**26
 _KINDS: dict[str, type[Run]] = {
@@ -18,6 +26,7 @@ _KINDS: dict[str, type[Run]] = {
     "trace": TraceRun,
     "bench": BenchRun,
     "tune": TuneRun,
+    "evaluate": EvaluateRun,
 }
 
 
@@ -58,8 +67,8 @@ def _kind(path: Path, found: dict[str, Any]) -> type[Run]:
     if "outputs" in found:
         raise OfframpError(f"{path} was made before reports were: generate it again")
     raise OfframpError(
-        f"{path} is no run that a report can show: give the JSON of generate, trace, bench or "
-        "tune, or one with a 'curve'"
+        f"{path} is no run that a report can show: give the JSON of generate, trace, bench, "
+        "tune or evaluate, or one with a 'curve'"
     )
 
 
@@ -73,6 +82,6 @@ def _checked(path: Path, kind: type[Run], content: bytes) -> Run:
             f"{path} is no run: {where + ': ' if where else ''}{wrong['msg']}"
         ) from error
     match run:
-        case Generated(outputs=()) | TraceRun(texts=()) | BenchRun(rows=()):
+        case Generated(outputs=()) | TraceRun(texts=()) | BenchRun(rows=()) | EvaluateRun(tasks=()):
             raise OfframpError(f"{path} holds no examples: there is nothing to show")
     return run

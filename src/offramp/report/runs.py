@@ -182,6 +182,24 @@ class TuneRun(Result):
     after: dict[str, tuple[ExitRow, ...]]
 
 
+class JudgedTask(Result):
+    """One task of a comparison: a point, and full depth beside it."""
+
+    task: str
+    items: Count
+    curve: Curve
+
+
+class EvaluateRun(Result):
+    """What ``evaluate`` printed."""
+
+    verb: Literal["evaluate"]
+    model: str
+    plan: dict[str, Any]
+    tasks: tuple[JudgedTask, ...]
+    machine: dict[str, Any]
+
+
 class CurveRun(Result):
     """Any other result that brings a curve."""
 
@@ -190,4 +208,4 @@ class CurveRun(Result):
     curve: Curve
 
 
-Run = Generated | TraceRun | BenchRun | TuneRun | CurveRun
+Run = Generated | TraceRun | BenchRun | TuneRun | EvaluateRun | CurveRun

@@ -13,6 +13,7 @@ from offramp.report.runs import (
     Answer,
     BenchRun,
     Curve,
+    EvaluateRun,
     Generated,
     Point,
     Run,
@@ -173,9 +174,26 @@ def _other(number: int, name: str, run: Run) -> Section:
             return _timed(number, name, run)
         case TuneRun():
             return _tuned(number, name, run)
+        case EvaluateRun():
+            return _compared(number, name, run)
     pictures = [curve_picture(f"curve{number}", run.curve)]
     about = " · ".join(part for part in (run.verb, run.model) if part)
     return Section(name, about, others.curve_headline(run.curve), pictures=pictures)
+
+
+def _compared(number: int, name: str, run: EvaluateRun) -> Section:
+    pictures = [
+        curve_picture(
+            f"evaluate{number}-{i}", one.curve, f"Quality against cost: {visible(one.task)}"
+        )
+        for i, one in enumerate(run.tasks, 1)
+    ]
+    return Section(
+        title=name,
+        about=others.about_comparison(run),
+        headline=others.comparison_headline(run),
+        pictures=pictures,
+    )
 
 
 def _timed(number: int, name: str, run: BenchRun) -> Section:

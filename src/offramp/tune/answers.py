@@ -14,7 +14,7 @@ from typing import Any
 
 from offramp.decode import decode
 from offramp.errors import OfframpError
-from offramp.files import write_text
+from offramp.journal import append, open_journal
 from offramp.model import Model
 from offramp.request import Request
 from offramp.text import Prompt, encode
@@ -67,37 +67,27 @@ def answer(
         "max_new_tokens": max_new_tokens,
         "length": length,
     }
-    found = _read(path, facts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OfframpError(f"cannot write {path}: {error.strerror or error}") from error
+    found = _known(path, open_journal(path, facts, "answers"))
     fitting = [i for i, prompt in enumerate(ids) if len(prompt) < length]
     missing = [i for i in fitting if i not in found]
     requests = (
         Request(ids[i], min(max_new_tokens, length - len(ids[i])), eos=model.eos) for i in missing
     )
     said: dict[int, list[int]] = {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not found:
-            write_text(path, json.dumps(facts) + "\n")
-        with (
-            path.open("a", encoding="utf-8") as stream,
-            tqdm(
-                total=len(fitting),
-                initial=len(found),
-                desc="answer",
-                unit="prompt",
-                disable=not show,
-            ) as bar,
-        ):
-            for token in decode(model.backbone, requests, batch_size=batch_size):
-                said.setdefault(token.index, []).append(token.id)
-                if token.finish is not None:
-                    index, answered = missing[token.index], said.pop(token.index)
-                    found[index] = answered
-                    stream.write(json.dumps({"prompt": index, "ids": answered}) + "\n")
-                    stream.flush()
-                    bar.update()
-    except OSError as error:
-        raise OfframpError(f"cannot write {path}: {error.strerror or error}") from error
+    with tqdm(
+        total=len(fitting), initial=len(found), desc="answer", unit="prompt", disable=not show
+    ) as bar:
+        for token in decode(model.backbone, requests, batch_size=batch_size):
+            said.setdefault(token.index, []).append(token.id)
+            if token.finish is not None:
+                index, answered = missing[token.index], said.pop(token.index)
+                found[index] = answered
+                append(path, {"prompt": index, "ids": answered})
+                bar.update()
     if not found:
         raise OfframpError(f"no prompt leaves room for an answer in {length} tokens")
     examples = [Example(ids[i] + found[i], len(ids[i])) for i in sorted(found)]
@@ -106,36 +96,9 @@ def answer(
     return Data(examples, {**files, ANSWERS: digest}, skipped)
 
 
-def _read(path: Path, facts: dict[str, Any]) -> dict[int, list[int]]:
-    """Return the answers that are there already, by prompt; a line cut by a kill is dropped.
-
-    Raises:
-        OfframpError: they are another model's, or to other prompts.
-    """
+def _known(path: Path, rows: list[Any]) -> dict[int, list[int]]:
+    """Return the answers that are there already, by prompt."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise OfframpError(f"cannot read {path}: {error}") from error
-    found: dict[int, list[int]] = {}
-    whole: list[str] = []
-    try:
-        for number, line in enumerate(lines):
-            if not line.endswith("\n"):
-                break
-            row = json.loads(line)
-            if number == 0 and row != facts:
-                changed = sorted(k for k in {*row, *facts} if row.get(k) != facts.get(k))
-                raise OfframpError(
-                    f"{path} holds answers with another {', '.join(changed)}; name another --out, "
-                    "or remove it"
-                )
-            if number:
-                found[int(row["prompt"])] = [int(token) for token in row["ids"]]
-            whole.append(line)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {int(row["prompt"]): [int(token) for token in row["ids"]] for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
         raise OfframpError(f"{path} holds no answers: {error}") from error
-    if len(whole) < len(lines):
-        write_text(path, "".join(whole))
-    return found

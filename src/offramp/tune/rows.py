@@ -94,7 +94,7 @@ def read_rows(
             if limit is not None and len(found.rows) >= limit:
                 break
             try:
-                found.rows += _rows(value, where, answers=answers)
+                found.rows += rows_of(value, where, answers=answers)
             except RecordError as bad:
                 found.faults(where, str(bad))
     if not found.rows:
@@ -109,8 +109,8 @@ def prompts_of(rows: Sequence[Row]) -> list[Prompt]:
     return [row.prompt for row in rows if row.prompt]
 
 
-def _rows(record: Any, where: str, *, answers: bool) -> list[Row]:
-    """Return the rows that one record holds.
+def rows_of(record: Any, where: str, *, answers: bool) -> list[Row]:
+    """Return the rows that one record of :func:`offramp.tune.sources.records` holds.
 
     Raises:
         RecordError: it is none; the message says what it lacks.
