@@ -89,23 +89,26 @@ def comparison(record: dict[str, Any]) -> list[dict[str, Any]]:
             "computed: a check costs 0.65 layers there",
         ),
     ]
-    for name in (*SETS, "all"):
-        found = point["sets"][name]
-        meaning = found["similarity"]
-        rows.append(
-            compared(
-                f"{name}: layers saved; meaning; words; length",
-                said,
-                f"{percent(found['layers_saved'])}; "
-                f"{'-' if meaning is None else f'{meaning:.2f}'}; {found['rouge_l']:.2f}; "
-                f"{found['length_ratio']:.2f}",
-                "cosine by MiniLM and ROUGE-L to the own answer at full depth; the paper's "
-                "embedder is not known to us",
-            )
-        )
+    meaning = every["similarity"]
+    own = "to the own answer at full depth"
+    rows += [
+        compared(
+            "similarity of meaning",
+            said,
+            "-" if meaning is None else f"{meaning:.2f}",
+            f"unsure: cosine by MiniLM {own}; the paper's embedder is not known to us",
+        ),
+        compared("similarity of words", "none given", f"{every['rouge_l']:.2f}", f"ROUGE-L {own}"),
+        compared(
+            "tokens generated, of full depth's",
+            said,
+            f"{every['length_ratio']:.2f}",
+            f"yes, up to {record['max_new_tokens']} tokens",
+        ),
+    ]
     harm = "-" if last is None else f"loss {last['before']:.2f} to {last['after']:.2f}"
     rows += [
-        compared("last layer unharmed", "yes, by a judge (Claude)", harm, "no: held-out loss"),
+        compared("last layer unharmed", "yes, says a judge (Claude)", harm, "no: held-out loss"),
         compared(
             "time to own full depth, per token",
             "none given",
