@@ -23,6 +23,7 @@ of plain decoding; in fp32 the run ends if it does not. What is answered is kept
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shlex
 import sys
@@ -41,7 +42,7 @@ from offramp.cli.options import parse_depths
 from offramp.cli.output import environment, finish
 from offramp.fast.pack import BYTES
 from offramp.paths import prefix
-from offramp.text import encode, read_prompts
+from offramp.text import encode, with_input
 from offramp.tune.data import tokenise
 from offramp.tune.rows import read_rows
 
@@ -162,7 +163,10 @@ def _depths(
 
 
 def _prompts(model: offramp.Model, options: argparse.Namespace) -> list[list[int]]:
-    asked = read_prompts(options.data / "pandalm_test" / "prompts_unique.jsonl")
+    path = options.data / "pandalm_test" / "prompts_unique.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    whole = [with_input(row["instruction"], row["input"]).strip() for row in rows]
+    asked = [prompt for prompt in whole if prompt]  # one instruction is empty, its input is not
     if options.limit and options.limit < len(asked):
         asked = random.Random(options.seed).sample(asked, options.limit)
     return [encode(model.tokenizer, prompt) for prompt in asked]
