@@ -58,6 +58,11 @@ def lite(record: dict[str, Any]) -> str:
                 f"| {row['rouge_l']:.2f} | {row['length_ratio']:.2f} "
                 f"| {row['loss'] / row['full_loss']:.2f} | {time if name == 'all' else ''} |"
             )
+    lines += ["", "| operating point | plan | tokens by depth |", "|---|---|---|"]
+    for point in record["points"]:
+        total = sum(point["histogram"].values())
+        shares = (f"{depth}: {count / total:.0%}" for depth, count in point["histogram"].items())
+        lines.append(f"| {point['name']} | {point['plan']} | {', '.join(shares)} |")
     sizes = ", ".join(f"{count} of {name}" for name, count in record["prompts"].items())
     return "\n".join(lines) + (
         f"\n\n{_tuned(record)}; prompts: {sizes}, up to {record['max_new_tokens']} new tokens. "

@@ -101,7 +101,7 @@ def main() -> None:
         "prompts": {name: len(ids) for name, ids in prompts.items()},
         "max_new_tokens": options.max_new_tokens,
         "rounds": options.rounds,
-        "timed_prompts": options.prompts,
+        "timed_prompts": min(options.prompts, sum(map(len, prompts.values()))),
         "full": {
             name: quality(kept, kept, model.tokenizer) for name, kept in _sets(answers[full.name])
         },

@@ -184,7 +184,7 @@ def _answers(
     for name, some in models.items():
         for model in some:
             depth = model.backbone.shape.num_layers
-            for stop in (depth,) if name in ("extracted", "ict") else (*exits, depth):
+            for stop in (depth,) if name == "extracted" else (*exits, depth):
                 run = offramp.Full() if stop == depth else offramp.Path(layers=prefix(stop, depth))
                 own = _written(Arm(f"{name} {stop}", model, offramp.Plan(run=run)), options)
                 kept = quality(own, full, model.tokenizer, similarity)
