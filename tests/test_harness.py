@@ -32,7 +32,7 @@ PAIRS = [
     ("short", "!"),
 ]
 TEXTS = ["a text of its own", "x" * 70, "one more, which is a little longer than the window"]
-EXITS = {2: 0.05, 4: 0.08}
+EXITS = {2: 0.1, 4: 0.1}
 
 
 def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
@@ -105,18 +105,14 @@ def test_a_long_context_is_cut_as_the_harness_cuts_it(checkpoint: Path) -> None:
 
 def test_full_depth_writes_as_the_harness_does(ours: OfframpLM, theirs: HFLM) -> None:
     """The same greedy text, ended by the same strings, as long as was asked for."""
-    texts = theirs.generate_until(
-        asked("generate_until", *[(text, {"until": [], "max_gen_toks": 24}) for text in TEXTS])
+    [text] = theirs.generate_until(
+        asked("generate_until", (TEXTS[0], {"until": [], "max_gen_toks": 16}))
     )
-    assert len(set("".join(texts))) > 5
-    stop = next(c for c in texts[0][4:] if c.isascii())
-    for options in (
-        {"until": ["\n\n"], "max_gen_toks": 24, "do_sample": False},
-        {"until": [stop, "never"], "max_gen_toks": 24},
-        {"until": stop, "max_gen_toks": 9, "temperature": 0.0},
-    ):
-        requests = asked("generate_until", *[(text, options) for text in TEXTS])
-        assert ours.generate_until(requests) == theirs.generate_until(requests)
+    assert len(set(text)) > 5
+    stop = next(c for c in text[4:] if c.isascii())
+    options = {"until": [stop, "never"], "max_gen_toks": 12, "do_sample": False}
+    requests = asked("generate_until", *[(text, options) for text in TEXTS[::2]])
+    assert ours.generate_until(requests) == theirs.generate_until(requests)
 
 
 def test_each_request_has_its_own_options(ours: OfframpLM) -> None:
