@@ -40,7 +40,7 @@ ORDER = [
     ("hf",),
     ("fast",),
     ("model",),
-    ("bench", "search", "tune", "allocate", "calibrate", "evaluate", "report"),
+    ("bench", "search", "tune", "allocate", "calibrate", "evaluate", "report", "harness"),
     ("cli",),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

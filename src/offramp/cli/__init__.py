@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import cast
+from typing import NoReturn, cast
 
 import typer
 
@@ -74,20 +74,21 @@ def main() -> None:
         status = app(standalone_mode=False)
     except _ParseError as error:
         said: str = error.format_message()  # type: ignore[attr-defined]
-        _end(2, f"{said} (offramp VERB --help tells more)" if said else "name a verb")
+        end(2, f"{said} (offramp VERB --help tells more)" if said else "name a verb")
     except OfframpError as error:
-        _end(2 if isinstance(error, UsageError) else 1, str(error))
+        end(2 if isinstance(error, UsageError) else 1, str(error))
     except (KeyboardInterrupt, typer.Abort):
-        _end(130, "interrupted")
+        end(130, "interrupted")
     except BrokenPipeError:
         sys.exit(1)
     else:
         if status == 130:  # typer catches Ctrl-C itself
-            _end(130, "interrupted")
+            end(130, "interrupted")
         sys.exit(status)
 
 
-def _end(status: int, message: str) -> None:
+def end(status: int, message: str) -> NoReturn:
+    """Say why the program ends, in one line on stderr, and end it with this status."""
     # Names out of a model's files may be in it, and a file may say anything to a terminal.
     print(f"offramp: {visible(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(status)
