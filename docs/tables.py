@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from paper_tables import lite
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -232,6 +234,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "docs/clock.md": {"clock": clock},
     "docs/tuning.md": {"train_speed": train_speed, "narrow_sst2": narrow},
     "docs/laws.md": {"lossless": lossless},
+    "docs/results.md": {"lite": lite},
     "docs/families.md": {"families": families},
 }
 

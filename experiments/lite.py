@@ -48,8 +48,8 @@ from offramp.text import encode, with_input
 
 DEVIATIONS = (
     "the model, its size and its tuning: the paper's are LLaMA-2 7B and 13B",
-    "exits at the depths this model was taught, the paper's thresholds taken from its nearest exit "
-    "by share of the depth; these thresholds are known to us from others' accounts only",
+    "exits at the depths this model was taught, else at the paper's shares of the depth; its "
+    "thresholds taken from its nearest exit, and known to us from others' accounts only",
     "the prompt runs at full depth, so the first token of each answer leaves nowhere; figures "
     "are of the tokens after it",
     "no judge: answers are compared with the model's own at full depth",

@@ -69,7 +69,7 @@ def comparison(record: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [
         compared(
             f"compute saved, {name}",
-            percent(share),
+            f"{share:.2%}",
             percent(every["layers_saved"]),
             f"unsure: here layers alone; what the paper counts is not known to us ({size})",
         )
@@ -84,7 +84,7 @@ def comparison(record: dict[str, Any]) -> list[dict[str, Any]]:
         ),
         compared(
             "the same depths at the prices of LLaMA-2-7B",
-            percent(LITE_SAVED["7B"]),
+            f"{LITE_SAVED['7B']:.2%}",
             percent(every["saved_at_7b_prices"]),
             "computed: a check costs 0.65 layers there",
         ),
