@@ -55,7 +55,7 @@ from offramp.cli.tracing import traced
 from offramp.fast.open import open_fast
 from offramp.files import write_text
 from offramp.hf.open import open_model
-from offramp.plan import Exit
+from offramp.runs import Exit
 from offramp.text import encode, read_prompts
 from offramp.trace import Trace, load_trace
 

@@ -22,8 +22,9 @@ from typing import Any
 import offramp
 from offramp.cli.output import environment, finish
 from offramp.inspection import PROMPTS
-from offramp.plan import Run, execute
+from offramp.plan import execute
 from offramp.request import Request
+from offramp.runs import Run
 from offramp.text import encode
 from offramp.timing import constants
 

@@ -21,7 +21,7 @@ import torch
 import offramp
 from offramp.cli.output import environment, finish
 from offramp.inspection import PROMPTS
-from offramp.plan import Run
+from offramp.runs import Run
 from offramp.text import encode
 
 PLANS: dict[str, Run] = {

@@ -16,8 +16,9 @@ from offramp.bench.figures import spread
 from offramp.cli.options import parse_plan
 from offramp.cost import flops, full_depth
 from offramp.fast.pack import Format
-from offramp.plan import Full, check_of, execute
+from offramp.plan import check_of, execute
 from offramp.request import GREEDY, Request
+from offramp.runs import Full
 from offramp.sample import Choose
 
 

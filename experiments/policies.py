@@ -33,8 +33,9 @@ from offramp.checks import parse_check, parse_head
 from offramp.cli.output import environment, finish
 from offramp.cli.tracing import Texts, own_answers
 from offramp.cost import flops, full_depth
-from offramp.plan import Full, Plan, cheap_weights, execute
+from offramp.plan import Plan, cheap_weights, execute
 from offramp.request import Request
+from offramp.runs import Full
 from offramp.text import read_prompts
 from offramp.timing import constants
 

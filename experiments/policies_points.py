@@ -29,9 +29,10 @@ from offramp.classifier import Classified, Kind
 from offramp.cost import path_ratio
 from offramp.gate import Gate, fit_gate
 from offramp.paths import prefix, unified_skip
-from offramp.plan import Exit, Route, Run, in_heads
-from offramp.plan import Path as SubModel
+from offramp.plan import in_heads
 from offramp.policy import Policy
+from offramp.runs import Exit, Route, Run
+from offramp.runs import Path as SubModel
 from offramp.search.passes import opened
 from offramp.timing import Constants
 from offramp.trace import Trace, replay

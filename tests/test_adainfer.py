@@ -29,9 +29,10 @@ from offramp.classifier import Classified, Classifier, Kind, load_classifier
 from offramp.decode import decode
 from offramp.errors import OfframpError, UsageError
 from offramp.gate import fit_gate
-from offramp.plan import Exit, Plan
+from offramp.plan import Plan
 from offramp.policy import Threshold
 from offramp.probe import Probe
+from offramp.runs import Exit
 from offramp.trace import Trace, record, replay
 from tests.test_cli import Shell
 from tests.test_cli import shell as shell

@@ -35,6 +35,7 @@ ORDER = [
     ("gate",),
     ("adainfer",),
     ("router", "route"),
+    ("runs",),
     ("plan", "card", "certificate"),
     ("inspection", "text"),
     ("hf",),

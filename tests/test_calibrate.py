@@ -26,7 +26,8 @@ from offramp.calibrate.verify import noise
 from offramp.card import CARD
 from offramp.checks import FULL_HEAD
 from offramp.errors import OfframpError, UsageError
-from offramp.plan import Exit, Plan, read_plan, sealed, write_plan
+from offramp.plan import Plan, read_plan, sealed, write_plan
+from offramp.runs import Exit
 from offramp.trace import load_trace, record, replay
 from tests.calibration import altered, made_up
 from tests.test_cli import Shell

@@ -14,8 +14,9 @@ from offramp.control import PURSE, SHARE, Control, controlled
 from offramp.cost import speculation_ratio
 from offramp.decode import decode
 from offramp.errors import UsageError
-from offramp.plan import Adapt, Plan, execute
+from offramp.plan import Plan, execute
 from offramp.request import Request
+from offramp.runs import Adapt
 from offramp.sample import Sampling
 from offramp.speculate import Draft, Round, speculate
 from tests.test_timing import LAYERS, SHAPE, Clockwork, Costs, constants_of

@@ -18,8 +18,9 @@ from offramp.checks import Shortlist
 from offramp.cli import lm_eval as command
 from offramp.harness.lm import OfframpLM
 from offramp.harness.score import Item, Score, _run, method, score
-from offramp.plan import Full, Run, write_plan
-from offramp.plan import Path as SubModel
+from offramp.plan import write_plan
+from offramp.runs import Full, Run
+from offramp.runs import Path as SubModel
 from tests.tools import AnyBackbone
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own

@@ -26,8 +26,9 @@ from offramp.allocate.score import Score, by_running, features_of, from_trace
 from offramp.allocate.table import ScoreTable, load_table
 from offramp.batch import Text
 from offramp.errors import OfframpError, UsageError
-from offramp.plan import Exit, Full, ModelId, Path, read_plan
+from offramp.plan import ModelId, read_plan
 from offramp.router import choices
+from offramp.runs import Exit, Full, Path
 from offramp.sample import Sampling
 from offramp.step import step
 from tests.test_cli import Shell, shell

@@ -21,20 +21,8 @@ from hypothesis import strategies as st
 from offramp.backbone import Backbone
 from offramp.checks import FULL_HEAD, FullHead, GateFile, LowRank, Shortlist, Tokens
 from offramp.errors import OfframpError, UsageError
-from offramp.plan import (
-    Adapt,
-    Exit,
-    Full,
-    ModelId,
-    Path,
-    Plan,
-    Route,
-    Run,
-    Skip,
-    Speculate,
-    read_plan,
-    write_plan,
-)
+from offramp.plan import ModelId, Plan, read_plan, write_plan
+from offramp.runs import Adapt, Exit, Full, Path, Route, Run, Skip, Speculate
 from offramp.signals import registry
 
 LAYERS = 6

@@ -18,9 +18,10 @@ from offramp.backbone import Backbone
 from offramp.batch import Text
 from offramp.errors import OfframpError, UsageError
 from offramp.meter import Meter
-from offramp.plan import Exit, Full, ModelId, Path, Plan, Route, execute, read_plan, write_plan
+from offramp.plan import ModelId, Plan, execute, read_plan, write_plan
 from offramp.request import Request
 from offramp.router import RouterWeights, choices, load_router, look, num_features
+from offramp.runs import Exit, Full, Path, Route
 from tests.laws.test_9_readouts import owning
 from tests.tools import collected, counted, opened, texts_of
 

@@ -15,8 +15,9 @@ from offramp.batch import Text
 from offramp.checks import Shortlist
 from offramp.errors import OfframpError, UsageError
 from offramp.paths import unified_skip
-from offramp.plan import Path as SubModel
-from offramp.plan import Speculate, read_plan
+from offramp.plan import read_plan
+from offramp.runs import Path as SubModel
+from offramp.runs import Speculate
 from offramp.search.passes import opened as held
 from offramp.search.scores import cosines
 from offramp.search.subsets import By, search

@@ -17,7 +17,8 @@ from torch import Tensor
 from offramp.batch import Text
 from offramp.decode import decode
 from offramp.errors import OfframpError, UsageError
-from offramp.plan import Plan, Skip, execute
+from offramp.plan import Plan, execute
+from offramp.runs import Skip
 from offramp.skipping import SkipFacts, SkipGates, load_skip_gates, skip, skip_step
 from offramp.tune.run import tune
 from tests.test_cli import Shell

@@ -25,10 +25,10 @@ from offramp.cost import Figures, exit_ratio, full_depth, path_ratio, seconds, s
 from offramp.decode import decode
 from offramp.inspection import at_best
 from offramp.meter import Meter
-from offramp.plan import Exit, Full, Run, Speculate
-from offramp.plan import Path as SubModel
 from offramp.policy import Threshold, fixed
 from offramp.request import Request, Token
+from offramp.runs import Exit, Full, Run, Speculate
+from offramp.runs import Path as SubModel
 from offramp.speculate import Draft, speculate
 from offramp.timing import ROWS, Constants, at, measure
 from tests.test_cost import Counting

@@ -21,18 +21,8 @@ if TYPE_CHECKING:
     from offramp.gate import fit_gate
     from offramp.hf.door import custom_generate
     from offramp.model import Model, Output, Piece, Result, load
-    from offramp.plan import (
-        Adapt,
-        Exit,
-        Full,
-        Path,
-        Plan,
-        Route,
-        Skip,
-        Speculate,
-        read_plan,
-        write_plan,
-    )
+    from offramp.plan import Plan, read_plan, write_plan
+    from offramp.runs import Adapt, Exit, Full, Path, Route, Skip, Speculate
     from offramp.sample import Sampling
     from offramp.trace import Trace, load_trace, record, replay
 

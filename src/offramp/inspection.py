@@ -19,19 +19,9 @@ from offramp.cost import (
     path_ratio,
     speculation_ratio,
 )
-from offramp.plan import (
-    Adapt,
-    Exit,
-    Full,
-    Path,
-    Route,
-    Run,
-    Skip,
-    Speculate,
-    in_heads,
-    reading,
-)
+from offramp.plan import in_heads, reading
 from offramp.policy import Threshold
+from offramp.runs import Adapt, Exit, Full, Path, Route, Run, Skip, Speculate
 from offramp.speculate import Draft
 from offramp.timing import Constants
 from offramp.trace import Trace, replay

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from offramp.checks import FULL_HEAD, Head, Shortlist, Tokens
 from offramp.decode import decode
-from offramp.plan import Speculate, execute
+from offramp.plan import execute
 from offramp.request import Request
+from offramp.runs import Speculate
 from offramp.sample import Sampling
 from offramp.speculate import Draft, speculate
 from tests.tools import (

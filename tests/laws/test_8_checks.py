@@ -22,10 +22,11 @@ from offramp.gate import Gate, fit_gate
 from offramp.heads import low_rank
 from offramp.hf.open import open_model
 from offramp.meter import Meter
-from offramp.plan import Exit, Path, Plan, execute
+from offramp.plan import Plan, execute
 from offramp.policy import FULL, Policy, Threshold, fixed
 from offramp.probe import Probe
 from offramp.request import Request, Token
+from offramp.runs import Exit, Path
 from offramp.sample import Sampling
 from offramp.signals import find, score
 from offramp.step import KV, step

@@ -26,11 +26,11 @@ from offramp.gate import Gate, fit_gate
 from offramp.hf.backbone import HFBackbone
 from offramp.hf.open import open_model
 from offramp.meter import Meter
-from offramp.plan import Path as SubModel
 from offramp.plan import execute
 from offramp.policy import FULL, Policy, Threshold, fixed
 from offramp.readouts import ExitReadout, Kind, read_readouts, write_readouts
 from offramp.request import Request
+from offramp.runs import Path as SubModel
 from offramp.speculate import Draft, speculate
 from offramp.step import KV, step
 from offramp.trace import record, replay

@@ -16,8 +16,9 @@ from offramp.batch import Text
 from offramp.errors import UsageError
 from offramp.model import Model, Output
 from offramp.paths import prefix
-from offramp.plan import Exit, Full, ModelId, Path, Plan
+from offramp.plan import ModelId, Plan
 from offramp.router import look
+from offramp.runs import Exit, Full, Path
 from offramp.sample import Sampling
 from offramp.text import Prompt
 from offramp.trace import Trace

@@ -16,8 +16,9 @@ from offramp.backbone import Backbone
 from offramp.errors import OfframpError, UsageError
 from offramp.files import write_tensors
 from offramp.paths import check_path
-from offramp.plan import Exit, Full, ModelId, Path, Whole
+from offramp.plan import ModelId
 from offramp.records import Record
+from offramp.runs import Exit, Full, Path, Whole
 
 LEAST_TEXTS = 20
 """Fewer texts than this say nothing of a budget: a bootstrap over them is no interval."""

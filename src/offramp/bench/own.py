@@ -22,20 +22,10 @@ from offramp.hf.backbone import HFBackbone
 from offramp.hf.load import GENERIC_FORMATS
 from offramp.meter import Meter
 from offramp.model import BackboneName, Model, load
-from offramp.plan import (
-    Adapt,
-    Exit,
-    Full,
-    Plan,
-    Route,
-    Run,
-    Skip,
-    Speculate,
-    cheap_weights,
-    execute,
-)
-from offramp.plan import Path as SubModel
+from offramp.plan import Plan, cheap_weights, execute
 from offramp.request import Request
+from offramp.runs import Adapt, Exit, Full, Route, Run, Skip, Speculate
+from offramp.runs import Path as SubModel
 from offramp.text import encode
 from offramp.timing import Constants, constants
 

@@ -10,7 +10,8 @@ from offramp.calibrate.drift import Monitor, replayed_losses
 from offramp.calibrate.risks import RISKS
 from offramp.certificate import Certificate
 from offramp.errors import UsageError
-from offramp.plan import Exit, Plan
+from offramp.plan import Plan
+from offramp.runs import Exit
 
 _CONFORMAL_DELTA = 0.05
 """Of an alarm under a certificate without a delta."""

@@ -16,8 +16,9 @@ from offramp.calibrate.bounds import Floats
 from offramp.calibrate.replays import replay_all
 from offramp.certificate import Drift
 from offramp.errors import UsageError
-from offramp.plan import Exit, execute
+from offramp.plan import execute
 from offramp.request import Request
+from offramp.runs import Exit
 from offramp.trace import Trace, record
 
 _BETS = np.array([0.02, 0.05, 0.1, 0.2, 0.4, 0.8])

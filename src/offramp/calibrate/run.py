@@ -36,7 +36,8 @@ from offramp.certificate import Certificate, Drift, HeldOut
 from offramp.checks import FULL_HEAD, Check, GateFile, Head
 from offramp.decode import MAX_WAITING
 from offramp.errors import UsageError
-from offramp.plan import Exit, ModelId, Plan, sealed
+from offramp.plan import ModelId, Plan, sealed
+from offramp.runs import Exit
 from offramp.signals import find
 from offramp.trace import Trace
 

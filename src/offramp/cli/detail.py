@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from offramp.plan import Exit, Plan
+from offramp.plan import Plan
 from offramp.reliability import Bins, share_interval
+from offramp.runs import Exit
 from offramp.text import Prompt, pieces
 from offramp.trace import Replay, Trace
 

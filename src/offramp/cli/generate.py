@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from offramp.backbone import Backbone
     from offramp.model import Model, Result, Stream
-    from offramp.plan import Plan, Run
+    from offramp.plan import Plan
+    from offramp.runs import Run
     from offramp.sample import Sampling
 
 

@@ -223,8 +223,9 @@ def parse_plan(
     """
     from offramp.checks import parse_check, parse_head
     from offramp.paths import prefix
-    from offramp.plan import Adapt, Exit, Plan, Skip, Speculate, read_plan
-    from offramp.plan import Path as SubModel
+    from offramp.plan import Plan, read_plan
+    from offramp.runs import Adapt, Exit, Skip, Speculate
+    from offramp.runs import Path as SubModel
 
     if classifier is not None:
         learnt = _learnt(classifier)

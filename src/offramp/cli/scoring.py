@@ -108,7 +108,8 @@ def written_plan(
 ) -> dict[str, Any] | None:
     """Write the router and the plan that uses it; return the plan."""
     from offramp.allocate.fit import price_of
-    from offramp.plan import Plan, Route, write_plan
+    from offramp.plan import Plan, write_plan
+    from offramp.runs import Route
 
     digest = fitted.save(router)
     if plan is None:

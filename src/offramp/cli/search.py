@@ -108,8 +108,9 @@ def search(
     reads = parse_head(head or "full")
     from offramp.cli.output import environment, finish
     from offramp.model import load
-    from offramp.plan import Path as SubModel
-    from offramp.plan import Plan, Speculate, write_plan
+    from offramp.plan import Plan, write_plan
+    from offramp.runs import Path as SubModel
+    from offramp.runs import Speculate
 
     loaded = load(
         model,

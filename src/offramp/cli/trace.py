@@ -94,7 +94,8 @@ def trace(
     from offramp.cli.detail import curve, details, exit_rows, signal_of
     from offramp.cli.output import environment, finish, table
     from offramp.model import load
-    from offramp.plan import Exit, check_of
+    from offramp.plan import check_of
+    from offramp.runs import Exit
 
     loaded = load(
         model,
@@ -157,7 +158,7 @@ def trace(
 
 
 def _replay(recorded: Trace, chosen: Plan) -> Replay | None:
-    from offramp.plan import Exit
+    from offramp.runs import Exit
     from offramp.trace import replay
 
     if not isinstance(chosen.run, Exit):

@@ -64,7 +64,8 @@ def read_generated(path: Path) -> Generated:
 
 def plan_of(run: Generated) -> Plan:
     """Return the plan to replay on a run's texts: its own, where a trace can replay it."""
-    from offramp.plan import Exit, Plan
+    from offramp.plan import Plan
+    from offramp.runs import Exit
 
     try:
         found = Plan.model_validate_json(json.dumps(run.plan))

@@ -21,7 +21,8 @@ from offramp.evaluate.scores import Likeness, Row, rows_of
 from offramp.evaluate.tasks import Task
 from offramp.journal import append, open_journal
 from offramp.model import Model
-from offramp.plan import Adapt, Plan, Speculate
+from offramp.plan import Plan
+from offramp.runs import Adapt, Speculate
 
 
 @dataclass(frozen=True)

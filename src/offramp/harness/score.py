@@ -21,8 +21,9 @@ from offramp.batch import Text
 from offramp.checks import FullHead
 from offramp.errors import UsageError
 from offramp.gate import Gate
-from offramp.plan import Adapt, Exit, Full, Path, Run, Speculate, execute
+from offramp.plan import execute
 from offramp.request import Request
+from offramp.runs import Adapt, Exit, Full, Path, Run, Speculate
 from offramp.step import step
 from offramp.trace import record, replay
 
