@@ -21,7 +21,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest  # beside other work, spinning threads cost minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # each on a thread: spinning ones cost minutes
 
 families: $(READY)  ## every family there is, as a table
 	$(BIN)/python -m tests.families_table results/families.json
