@@ -81,19 +81,19 @@ def rows_of(
         return _read(plan, full, seed)
     rows = []
     for name in task.scores:
-        pairs = [
+        own, other = (
             [SCORES[name](one, item) for one, item in zip(arm, asked, strict=True)]
             for arm in (plan, full)
-        ]
-        rows.append(_row(name, "references", "higher", *pairs, seed))
+        )
+        rows.append(_row(name, "references", "higher", own, other, seed))
     if task.kind == "choice":
         same = [_agreement(own, other) for own, other in zip(plan, full, strict=True)]
         return [*rows, _to_full("token_agreement", same, seed)]
     rows += [_to_full(name, found, seed) for name, found in _likeness(plan, full, likeness)]
     ratios = [len(own.ids) / len(other.ids) for own, other in zip(plan, full, strict=True)]
     rows.append(_row("length_ratio", "full model", "neither", ratios, [1.0] * len(ratios), seed))
-    losses = [[_known(answer.loss) for answer in arm] for arm in (plan, full)]
-    return [*rows, _row("loss_of_answer", "full model", "lower", *losses, seed)]
+    losses, least = ([_known(answer.loss) for answer in arm] for arm in (plan, full))
+    return [*rows, _row("loss_of_answer", "full model", "lower", losses, least, seed)]
 
 
 def _read(plan: Sequence[Answer], full: Sequence[Answer], seed: int) -> list[Row]:
