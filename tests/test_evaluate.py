@@ -334,7 +334,7 @@ def test_every_mistake_is_one_sentence(
     for line, said in (
         ('{"prompt": "a", "references": [1]}', "list of texts"),
         ('{"text": "a"}', "asks nothing"),
-        ("[]", "not a JSON object"),
+        ("3", "not a JSON object"),
         ('{"prompt": "a", "reference": "b"}\n{"prompt": "c"}', "row 2 has no reference"),
         ("", "holds no rows"),
     ):

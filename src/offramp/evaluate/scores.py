@@ -87,13 +87,13 @@ def rows_of(
         )
         rows.append(_row(name, "references", "higher", own, other, seed))
     if task.kind == "choice":
-        same = [_agreement(*pair) for pair in zip(plan, full, strict=True)]
+        same = [_agreement(own, other) for own, other in zip(plan, full, strict=True)]
         return [*rows, _to_full("token_agreement", same, seed)]
     rows += [_to_full(name, found, seed) for name, found in _likeness(plan, full, likeness)]
-    ratios = [len(a.ids) / len(b.ids) for a, b in zip(plan, full, strict=True)]
+    ratios = [len(own.ids) / len(other.ids) for own, other in zip(plan, full, strict=True)]
     rows.append(_row("length_ratio", "full model", "neither", ratios, [1.0] * len(ratios), seed))
-    own, other = ([_known(answer.loss) for answer in arm] for arm in (plan, full))
-    return [*rows, _row("loss_of_answer", "full model", "lower", own, other, seed)]
+    losses, least = ([_known(answer.loss) for answer in arm] for arm in (plan, full))
+    return [*rows, _row("loss_of_answer", "full model", "lower", losses, least, seed)]
 
 
 def _read(plan: Sequence[Answer], full: Sequence[Answer], seed: int) -> list[Row]:
