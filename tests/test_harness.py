@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from torch import Tensor
 
 import offramp
@@ -342,6 +344,8 @@ def run_command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     """As in a fresh process: the harness knows the model by what the command says, if at all."""
     others = {name: model for name, model in model_registry.items() if name != "offramp"}
     monkeypatch.setattr(model_registry, "_objs", others)
+    own_tasks = partial(TaskManager, include_defaults=False)  # thousands of others take minutes
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", own_tasks)
     monkeypatch.setattr("sys.argv", ["offramp-lm-eval", *words])
     command.main()
 
