@@ -335,7 +335,7 @@ def test_values_out_of_range_are_refused(checkpoint: Path, tmp_path: Path) -> No
 def tasks(folder: Path, cache: Path) -> None:
     """Two tasks over local data: choosing among answers, and writing one."""
     rows = [
-        {"question": f"Question {i}?", "answers": [" yes", " no", " maybe so"], "right": i % 3}
+        {"question": f"Question {i}?", "answers": ["yes", "no", "maybe so"], "right": i % 3}
         for i in range(4)
     ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -378,7 +378,7 @@ def run_command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
 
 
 def test_the_command_is_the_harness_with_one_more_model(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Its results say which plan, and how deep its tokens were."""
     (tmp_path / "tasks").mkdir()
@@ -395,6 +395,7 @@ def test_the_command_is_the_harness_with_one_more_model(
     [written] = tmp_path.glob("out_*.json")
     results = json.loads(written.read_text())
     assert set(results["results"]) == {"local_choose", "local_write"}
+    assert "tokens scored: mean depth" in capsys.readouterr().err
     about = results["config"]["offramp"]
     assert Plan.model_validate_json(json.dumps(about["plan"])) == plan
     assert about["weights"] == "fp32"

@@ -27,7 +27,7 @@ from offramp.plan import Plan
 from offramp.request import Request, check_request
 from offramp.text import Detokenizer
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("lm_eval.offramp")  # the harness shows what its own loggers say
 
 Scored = tuple[float, bool]
 
@@ -114,7 +114,7 @@ class OfframpLM(Texts):
                 i = order[place]
                 found[i] = self._kept(requests[i][0], one)
                 bar.update()
-        _log.info("mean depth of the tokens scored: %s", _depths(self._judged, self._layers))
+        self._say("scored", self._judged)
         return found
 
     def _kept(self, asked: tuple[str, str] | None, one: Score) -> Scored:
@@ -180,8 +180,10 @@ class OfframpLM(Texts):
                     i = order[piece.index]
                     found[i] = self._answered(requests[i], stream.outputs[piece.index])
                     bar.update()
-        self._written.append(stream.result.figures.as_dict())
-        _log.info("what was written: %s", self._written[-1])
+        figures = stream.result.figures
+        depths = Counter(figures.depths)
+        self._written.append({**figures.as_dict(), **_depths(depths, self._layers)})
+        self._say("written", depths)
         return found
 
     def _answered(self, request: Instance, output: Output) -> str:
@@ -218,6 +220,10 @@ class OfframpLM(Texts):
     def _layers(self) -> int:
         return self.model.backbone.shape.num_layers
 
+    def _say(self, what: str, depths: Counter[int]) -> None:
+        if depths:
+            _log.info("tokens %s: mean depth %.2f of %d", what, _mean(depths), self._layers)
+
     def get_model_info(self) -> dict[str, object]:
         """Return what the harness puts beside its results: the plan, and what it saved."""
         return {
@@ -238,11 +244,13 @@ class OfframpLM(Texts):
 
 def _depths(counts: Counter[int], layers: int) -> dict[str, object]:
     """Return the mean depth of tokens and the share of layers that they did not need."""
-    tokens = counts.total()
-    mean = sum(depth * count for depth, count in counts.items()) / tokens if tokens else None
     return {
-        "tokens": tokens,
-        "mean_depth": mean,
-        "layers_saved": None if mean is None else 1 - mean / layers,
+        "tokens": counts.total(),
+        "mean_depth": _mean(counts) if counts else None,
+        "layers_saved": 1 - _mean(counts) / layers if counts else None,
         "depth_histogram": {str(depth): count for depth, count in sorted(counts.items())},
     }
+
+
+def _mean(counts: Counter[int]) -> float:
+    return sum(depth * count for depth, count in counts.items()) / counts.total()

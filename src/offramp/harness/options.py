@@ -10,7 +10,7 @@ import torch
 from offramp.errors import UsageError
 from offramp.plan import Plan, read_plan
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("lm_eval.offramp")  # the harness shows what its own loggers say
 
 _DEFAULT_LENGTH = 2048
 """Most tokens to read, where a model does not say: as the harness's own models have it."""

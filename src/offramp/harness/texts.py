@@ -10,7 +10,7 @@ from lm_eval.api.model import TemplateLM
 from offramp.errors import UsageError
 from offramp.model import Model
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("lm_eval.offramp")  # the harness shows what its own loggers say
 
 
 class Texts(TemplateLM):
