@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from torch import Tensor
 
 import offramp
-from offramp import Exit, OfframpError, Plan, Speculate, Tokens, UsageError
+from offramp import Exit, GateFile, OfframpError, Plan, Skip, Speculate, Tokens, UsageError
 from offramp.checks import Shortlist
 from offramp.cli import lm_eval as command
+from offramp.gate import fit_gate
 from offramp.harness.lm import OfframpLM
 from offramp.harness.score import Item, Score, _run, method, score
-from offramp.plan import write_plan
-from offramp.runs import Full, Run
-from offramp.runs import Path as SubModel
+from offramp.plan import Full, Run, write_plan
+from offramp.plan import Path as SubModel
+from offramp.trace import record
+from tests.test_skipping import gates as skip_gates
 from tests.tools import AnyBackbone
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own
@@ -203,26 +208,50 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize("run", RUNS, ids=str)
-def test_what_a_plan_writes_is_what_it_scores_as_greedy(
-    ours: OfframpLM, tiny: offramp.Model, run: Run
-) -> None:
-    """Both halves are one plan: its own answer is its first choice, at the depths it was written.
+def agrees_with_itself(lm: OfframpLM, run: Run) -> None:
+    """Assert that a plan's own answer is its first choice, at the depths it was written.
 
     The full model, for its part, would have said something else where the plan is lossy.
     """
     prompts = ["Once there was", "a", "and then it went"]
-    written = tiny.generate(prompts, plan=Plan(run=run), max_new_tokens=20, raw=True).outputs
+    written = lm.model.generate(prompts, plan=Plan(run=run), max_new_tokens=20, raw=True).outputs
     what = [
-        Item(ours.tok_encode(prompt), one.token_ids)
+        Item(lm.tok_encode(prompt), one.token_ids)
         for prompt, one in zip(prompts, written, strict=True)
     ]
-    found = scored(tiny, run, what, batch_size=2)
+    found = scored(lm.model, run, what, batch_size=2)
     assert all(one.greedy for one in found)
     if not isinstance(run, Speculate):  # its tokens are confirmed by every layer
         assert [one.depths for one in found] == [one.depths for one in written]
     lossless = Plan(run=run).lossless
-    assert all(one.greedy for one in scored(tiny, Full(), what)) == lossless
+    assert all(one.greedy for one in scored(lm.model, Full(), what)) == lossless
+
+
+@pytest.mark.parametrize("run", RUNS, ids=range(len(RUNS)))
+def test_what_a_plan_writes_is_what_it_scores_as_greedy(ours: OfframpLM, run: Run) -> None:
+    """Both halves are one plan."""
+    agrees_with_itself(ours, run)
+
+
+def test_so_it_is_with_learnt_gates(ours: OfframpLM, tmp_path: Path) -> None:
+    """Of exits, which judge states that a replay has to keep, and of single layers."""
+    backbone = ours.model.backbone
+    trace = record(
+        backbone, [(one.given + one.said, 1) for one in items(ours.model)], (2, 4), keep_hidden=True
+    )
+    assert trace.hidden is not None
+    fitted = fit_gate(trace)
+    fitted.save(tmp_path / "exits")
+    middle = {
+        depth: fitted.score(trace.hidden[:, column], depth).median().item()
+        for column, depth in enumerate((2, 4))
+    }
+    by_state = Exit(signal="gate", thresholds=middle, check=GateFile(file=str(tmp_path / "exits")))
+    skip_gates(width=backbone.shape.hidden_size).save(tmp_path / "skips")
+    skips = Skip(gates=str(tmp_path / "skips"))
+    assert (method(by_state), method(skips)) == ("replay", "loop")
+    for run in (by_state, skips):
+        agrees_with_itself(ours, run)
 
 
 def test_what_a_head_cannot_say_is_refused(tiny: offramp.Model) -> None:
@@ -306,7 +335,7 @@ def test_values_out_of_range_are_refused(checkpoint: Path, tmp_path: Path) -> No
 def tasks(folder: Path, cache: Path) -> None:
     """Two tasks over local data: choosing among answers, and writing one."""
     rows = [
-        {"question": f"Question {i}?", "answers": [" yes", " no", " maybe so"], "right": i % 3}
+        {"question": f"Question {i}?", "answers": ["yes", "no", "maybe so"], "right": i % 3}
         for i in range(4)
     ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -339,12 +368,17 @@ metric_list: [{{metric: exact_match}}]
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    """As in a fresh process: the harness knows the model by what the command says, if at all."""
+    others = {name: model for name, model in model_registry.items() if name != "offramp"}
+    monkeypatch.setattr(model_registry, "_objs", others)
+    own_tasks = partial(TaskManager, include_defaults=False)  # thousands of others take minutes
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", own_tasks)
     monkeypatch.setattr("sys.argv", ["offramp-lm-eval", *words])
     command.main()
 
 
 def test_the_command_is_the_harness_with_one_more_model(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Its results say which plan, and how deep its tokens were."""
     (tmp_path / "tasks").mkdir()
@@ -361,6 +395,7 @@ def test_the_command_is_the_harness_with_one_more_model(
     [written] = tmp_path.glob("out_*.json")
     results = json.loads(written.read_text())
     assert set(results["results"]) == {"local_choose", "local_write"}
+    assert "tokens scored: mean depth" in capsys.readouterr().err
     about = results["config"]["offramp"]
     assert Plan.model_validate_json(json.dumps(about["plan"])) == plan
     assert about["weights"] == "fp32"

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from offramp.errors import OfframpError, UsageError
-from offramp.evaluate.judge import Endpoint, Pair, Verdicts, judge_pairs
+from offramp.evaluate.endpoint import Endpoint
+from offramp.evaluate.judge import Pair, Verdicts, judge_pairs
 
 PAIRS = [
     Pair(prompt="Why?", ours="because it is so, at length", theirs="so"),
@@ -191,7 +192,7 @@ def test_waits_grow_and_are_bounded(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("offramp.evaluate.judge.time.sleep", waits.append)
+    monkeypatch.setattr("offramp.evaluate.endpoint.time.sleep", waits.append)
     server.rule = lambda n, a, b: (429, b"")
     judged(server, tmp_path / "kept.jsonl", PAIRS[:1], attempts=9, first_wait=1.0)
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]

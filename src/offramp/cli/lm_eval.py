@@ -18,7 +18,8 @@ def main() -> None:
         from lm_eval.api.registry import model_registry
     except ImportError:
         end(1, "the lm-evaluation-harness is not installed: pip install 'offramp[harness]'")
-    model_registry.register("offramp", target="offramp.harness.lm:OfframpLM")
+    if "offramp" not in model_registry:
+        model_registry.register("offramp", target="offramp.harness.lm:OfframpLM")
     try:
         cli_evaluate()
     except OfframpError as error:

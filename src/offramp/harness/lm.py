@@ -9,11 +9,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
@@ -21,24 +18,22 @@ from tqdm import tqdm
 from offramp import __version__
 from offramp.errors import UsageError
 from offramp.fast.pack import Format
+from offramp.harness.options import batch_of, device_of, length_of, plan_of
 from offramp.harness.score import Item, Score, method, score
+from offramp.harness.texts import Texts
 from offramp.harness.wanted import Wanted, wanted
 from offramp.model import BackboneName, Model, Output, Stream, load
-from offramp.plan import Plan, read_plan
+from offramp.plan import Plan
 from offramp.request import Request, check_request
 from offramp.text import Detokenizer
 
-_log = logging.getLogger(__name__)
-
-_DEFAULT_LENGTH = 2048
-"""Most tokens to read, where a model does not say; as the harness's own models have it."""
-_BATCH = 8
+_log = logging.getLogger("lm_eval.offramp")  # the harness shows what its own loggers say
 
 Scored = tuple[float, bool]
 
 
 @register_model("offramp")
-class OfframpLM(TemplateLM):
+class OfframpLM(Texts):
     """A causal LM run as a plan says, for log-likelihoods and for generation alike."""
 
     def __init__(
@@ -50,7 +45,7 @@ class OfframpLM(TemplateLM):
         device: str = "cpu",
         max_length: int | None = None,
         max_gen_toks: int = 256,
-        batch_size: int | str = _BATCH,
+        batch_size: int | str = "auto",
         max_batch_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -62,7 +57,8 @@ class OfframpLM(TemplateLM):
             plan: a plan's JSON file, or "full" (or None) for every layer.
             weights: how the weights are held, as in :func:`offramp.load`.
             backbone: "auto", "fast" or "hf", likewise.
-            device: where the model runs.
+            device: where the model runs; the harness says "cuda:0" where nobody else does, so that
+                this means the CPU where there is no CUDA.
             max_length: most tokens read before the one predicted: at most the context less one.
             max_gen_toks: most new tokens where a task does not say.
             batch_size: texts at once; "auto" is 8.
@@ -74,8 +70,8 @@ class OfframpLM(TemplateLM):
             UsageError: a plan for another model, or a value out of range.
         """
         super().__init__()
-        self.batch_size = _as_batch(batch_size)
-        self.plan = plan if isinstance(plan, Plan) else _read(plan)
+        self.batch_size = batch_of(batch_size)
+        self.plan = plan_of(plan)
         self.model = (
             pretrained
             if isinstance(pretrained, Model)
@@ -83,73 +79,17 @@ class OfframpLM(TemplateLM):
                 pretrained,
                 backbone=backbone,
                 weights=weights,
-                device=device,
+                device=device_of(device),
                 trust_remote_code=trust_remote_code,
             )
         )
         self.plan.check(self.model.backbone)
-        self.weights, self._device = weights, device
+        self._device = device_of(device)
         self.tokenizer = self.model.tokenizer
         self.max_gen_toks = max_gen_toks
-        self.max_length = _length(max_length, self.model.backbone.shape.context)
+        self.max_length = length_of(max_length, self.model.backbone.shape.context)
         self._judged: Counter[int] = Counter()
         self._written: list[dict[str, object]] = []
-
-    @property
-    def eot_token_id(self) -> int:
-        """Return the token that ends a text."""
-        token: int | None = self.tokenizer.eos_token_id
-        return min(self.model.eos) if token is None else token
-
-    @property
-    def prefix_token_id(self) -> int:
-        """Return what stands before a text that nothing is given for."""
-        begin: int | None = self.tokenizer.bos_token_id
-        return self.eot_token_id if begin is None else begin
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Return what the harness names its cache of requests by."""
-        return str(self.tokenizer.name_or_path or self.model.name).replace("/", "__")
-
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: object
-    ) -> list[int]:
-        """Return token ids; a text that begins with the begin token gets no second one."""
-        if add_special_tokens is None:
-            begin: str | None = self.tokenizer.bos_token
-            add_special_tokens = not (begin and string.startswith(begin))
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
-        return ids
-
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        """Return the messages as one text; without the system's, where the template has no place.
-
-        Raises:
-            UsageError: the model has no chat template, or it refuses the messages.
-        """
-        if not self.tokenizer.chat_template:
-            raise UsageError(f"{self.model.name} has no chat template; leave it out")
-        try:
-            return self._templated(chat_history, add_generation_prompt)
-        except TemplateError:  # the harness's own models do so, and figures must compare
-            _log.warning("the chat template has no place for a system message: leaving it out")
-        others = [message for message in chat_history if message["role"] != "system"]
-        try:
-            return self._templated(others, add_generation_prompt)
-        except TemplateError as error:
-            raise UsageError(f"the model's chat template refuses this prompt: {error}") from error
-
-    def _templated(self, messages: list[dict[str, str]], answer_next: bool) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=answer_next,
-            continue_final_message=not answer_next,
-        )
-        return text
 
     def _loglikelihood_tokens(
         self,
@@ -174,7 +114,7 @@ class OfframpLM(TemplateLM):
                 i = order[place]
                 found[i] = self._kept(requests[i][0], one)
                 bar.update()
-        _log.info("mean depth of the tokens scored: %s", _depths(self._judged, self._layers))
+        self._say("scored", self._judged)
         return found
 
     def _kept(self, asked: tuple[str, str] | None, one: Score) -> Scored:
@@ -240,8 +180,10 @@ class OfframpLM(TemplateLM):
                     i = order[piece.index]
                     found[i] = self._answered(requests[i], stream.outputs[piece.index])
                     bar.update()
-        self._written.append(stream.result.figures.as_dict())
-        _log.info("what was written: %s", self._written[-1])
+        figures = stream.result.figures
+        depths = Counter(figures.depths)
+        self._written.append({**figures.as_dict(), **_depths(depths, self._layers)})
+        self._say("written", depths)
         return found
 
     def _answered(self, request: Instance, output: Output) -> str:
@@ -278,6 +220,10 @@ class OfframpLM(TemplateLM):
     def _layers(self) -> int:
         return self.model.backbone.shape.num_layers
 
+    def _say(self, what: str, depths: Counter[int]) -> None:
+        if depths:
+            _log.info("tokens %s: mean depth %.2f of %d", what, _mean(depths), self._layers)
+
     def get_model_info(self) -> dict[str, object]:
         """Return what the harness puts beside its results: the plan, and what it saved."""
         return {
@@ -286,7 +232,8 @@ class OfframpLM(TemplateLM):
                 "model": self.model.id.model_dump(),
                 "plan": self.plan.model_dump(mode="json"),
                 "lossless": self.plan.lossless,
-                "weights": self.weights,
+                "backbone": self.model.backbone.name,
+                "weights": self.model.backbone.weights,
                 "scoring": method(self.plan.run),
                 "max_length": self.max_length,
                 "scored": _depths(self._judged, self._layers),
@@ -297,36 +244,13 @@ class OfframpLM(TemplateLM):
 
 def _depths(counts: Counter[int], layers: int) -> dict[str, object]:
     """Return the mean depth of tokens and the share of layers that they did not need."""
-    tokens = counts.total()
-    mean = sum(depth * count for depth, count in counts.items()) / tokens if tokens else None
     return {
-        "tokens": tokens,
-        "mean_depth": mean,
-        "layers_saved": None if mean is None else 1 - mean / layers,
+        "tokens": counts.total(),
+        "mean_depth": _mean(counts) if counts else None,
+        "layers_saved": 1 - _mean(counts) / layers if counts else None,
         "depth_histogram": {str(depth): count for depth, count in sorted(counts.items())},
     }
 
 
-def _read(plan: str | None) -> Plan:
-    return Plan() if plan in (None, "full") else read_plan(Path(str(plan)))
-
-
-def _as_batch(size: int | str) -> int:
-    """Return the number of texts at once; the harness hands on what was typed."""
-    if size == "auto":
-        return _BATCH
-    if not str(size).isdecimal() or int(size) < 1:
-        raise UsageError(f"batch_size must be 'auto' or a number, 1 or more, not {size!r}")
-    return int(size)
-
-
-def _length(wanted_length: int | None, context: int) -> int:
-    """Return the most tokens read before one that is predicted."""
-    if wanted_length is None:
-        return context - 1 if context < 2**31 else _DEFAULT_LENGTH
-    if not 1 <= wanted_length < context:
-        raise UsageError(
-            f"max_length must be from 1 to {context - 1}, the model's context less the token "
-            f"predicted, not {wanted_length}"
-        )
-    return wanted_length
+def _mean(counts: Counter[int]) -> float:
+    return sum(depth * count for depth, count in counts.items()) / counts.total()
