@@ -23,7 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import Kept, answered, first_rows, traced
-from lite_figures import by_exit, curve
+from lite_figures import SETS, by_exit, curve
 from narrow_arms import Arm
 from papers import LITE_7B, SOFT_13B, layers_saved, operations_saved, saved_at, token_cost
 from quality import quality
@@ -223,7 +223,7 @@ def data(tmp_path: Path) -> Path:
     """Data sets of a few rows, as they lie in the folder of data."""
     rows = [
         {"set": name, "instruction": f"Say {word}", "input": ""}
-        for name in lite.SETS
+        for name in SETS
         for word in ("ab", "cd", "ef")
     ]
     folder = tmp_path / "data"
@@ -274,7 +274,7 @@ def test_lite_ends_in_a_table(
     """Sets add up to all; every figure of the paper has ours beside it and what differs."""
     words = (str(checkpoint), "--exits", "2,4", "--limit", "2", "--sweep", "0", "1")
     record = run(lite, *words)
-    assert record["prompts"] == dict.fromkeys(lite.SETS, 2)
+    assert record["prompts"] == dict.fromkeys(SETS, 2)
     paper, exact, nothing, all_ = (point["sets"]["all"] for point in record["points"])
     assert nothing["layers_saved"] == pytest.approx(4 / 6)  # at 0 all leave at the first exit
     assert all_["layers_saved"] == 0
@@ -282,7 +282,7 @@ def test_lite_ends_in_a_table(
     assert all_["operations_saved"] < 0
     assert exact["layers_saved"] is not None
     for point in record["points"]:
-        every, each = point["sets"]["all"], [point["sets"][name] for name in lite.SETS]
+        every, each = point["sets"]["all"], [point["sets"][name] for name in SETS]
         assert every["tokens"] == sum(row["tokens"] for row in each)
         assert sum(point["histogram"].values()) == every["tokens"] - 8
     again = run(lite, *words)
