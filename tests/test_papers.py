@@ -153,9 +153,9 @@ def test_kept_answers_are_those_alone(
 ) -> None:
     """Tokens, depths and loss of each text; a second look makes nothing, a killed one the rest."""
     arm = Arm("a", tiny, exit_plan("exact", at_half(tiny)))
-    done = answered(arm, PROMPTS, 12, 3, tmp_path)
+    done = answered(arm, PROMPTS, 7, 3, tmp_path)
     for i, prompt in enumerate(PROMPTS):
-        assert run_alone(tiny, arm.plan, prompt) == (done.written[i], done.depths[i])
+        assert run_alone(tiny, arm.plan, prompt, 7) == (done.written[i], done.depths[i])
         ids = [*prompt, *done.written[i]]
         seen = offramp.record(tiny.backbone, [(ids, len(prompt))], ())
         assert done.loss[i] == pytest.approx(seen.loss.sum().item(), rel=1e-4)
@@ -170,10 +170,10 @@ def test_kept_answers_are_those_alone(
         return answer(arm, batch, count)
 
     monkeypatch.setattr(kept, "_answer", watched)
-    assert answered(arm, PROMPTS, 12, 3, tmp_path) == done
+    assert answered(arm, PROMPTS, 7, 3, tmp_path) == done
     assert len(asked) == 1
     for other in (Arm("b", tiny, offramp.Plan()), arm):  # another plan; another length
-        answered(other, PROMPTS[:3], 11, 3, tmp_path)
+        answered(other, PROMPTS[:3], 6, 3, tmp_path)
     assert len(asked) == 3
 
 
@@ -292,7 +292,7 @@ def test_lite_ends_in_a_table(
     assert {"37.86%", "46.35%"} <= set(re.findall(r"\d\d\.\d\d%", text))
     assert f"{paper['operations_saved']:.1%}" in text
     assert all(row["same"] for row in record["comparison"])
-    assert text.count("\n| paper's thresholds | ") == 5
+    assert text.count("\n| paper's thresholds | ") == 5 + 1  # sets and all; tokens by depth
 
 
 def test_sorted_ends_in_a_table(
