@@ -111,7 +111,7 @@ def traced(
 def first_rows(rows: Sequence[int]) -> torch.Tensor:
     """Return ``[T]`` bool: which rows of a trace are the first of their text."""
     first = torch.zeros(sum(rows), dtype=torch.bool)
-    first[torch.tensor([1, *rows[:-1]]).cumsum(0)] = True
+    first[torch.tensor([0, *rows[:-1]]).cumsum(0)] = True
     return first
 
 

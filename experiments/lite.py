@@ -153,6 +153,8 @@ def _points(model: offramp.Model, exits: tuple[int, ...], options: argparse.Name
         made.append((f"{value:g}", offramp.Exit(signal="max_prob", thresholds=same, kv="copy")))
     plans = [(name, offramp.Plan(run=run)) for name, run in made]
     plans += [(path.stem, read_plan(path)) for path in options.plan]
+    if len({name for name, _ in plans}) < len(plans):
+        raise offramp.UsageError("two operating points have one name: rename a --plan file")
     for _, plan in plans:
         plan.check(model.backbone)
     return [Arm(name, model, plan) for name, plan in plans]

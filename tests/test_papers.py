@@ -23,7 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import Kept, answered, first_rows, traced
-from lite_figures import by_exit, curve
+from lite_figures import SETS, by_exit, curve
 from narrow_arms import Arm
 from papers import LITE_7B, SOFT_13B, layers_saved, operations_saved, saved_at, token_cost
 from quality import quality
@@ -153,9 +153,9 @@ def test_kept_answers_are_those_alone(
 ) -> None:
     """Tokens, depths and loss of each text; a second look makes nothing, a killed one the rest."""
     arm = Arm("a", tiny, exit_plan("exact", at_half(tiny)))
-    done = answered(arm, PROMPTS, 12, 3, tmp_path)
+    done = answered(arm, PROMPTS, 7, 3, tmp_path)
     for i, prompt in enumerate(PROMPTS):
-        assert run_alone(tiny, arm.plan, prompt) == (done.written[i], done.depths[i])
+        assert run_alone(tiny, arm.plan, prompt, 7) == (done.written[i], done.depths[i])
         ids = [*prompt, *done.written[i]]
         seen = offramp.record(tiny.backbone, [(ids, len(prompt))], ())
         assert done.loss[i] == pytest.approx(seen.loss.sum().item(), rel=1e-4)
@@ -170,10 +170,10 @@ def test_kept_answers_are_those_alone(
         return answer(arm, batch, count)
 
     monkeypatch.setattr(kept, "_answer", watched)
-    assert answered(arm, PROMPTS, 12, 3, tmp_path) == done
+    assert answered(arm, PROMPTS, 7, 3, tmp_path) == done
     assert len(asked) == 1
     for other in (Arm("b", tiny, offramp.Plan()), arm):  # another plan; another length
-        answered(other, PROMPTS[:3], 11, 3, tmp_path)
+        answered(other, PROMPTS[:3], 6, 3, tmp_path)
     assert len(asked) == 3
 
 
@@ -223,7 +223,7 @@ def data(tmp_path: Path) -> Path:
     """Data sets of a few rows, as they lie in the folder of data."""
     rows = [
         {"set": name, "instruction": f"Say {word}", "input": ""}
-        for name in lite.SETS
+        for name in SETS
         for word in ("ab", "cd", "ef")
     ]
     folder = tmp_path / "data"
@@ -274,7 +274,7 @@ def test_lite_ends_in_a_table(
     """Sets add up to all; every figure of the paper has ours beside it and what differs."""
     words = (str(checkpoint), "--exits", "2,4", "--limit", "2", "--sweep", "0", "1")
     record = run(lite, *words)
-    assert record["prompts"] == dict.fromkeys(lite.SETS, 2)
+    assert record["prompts"] == dict.fromkeys(SETS, 2)
     paper, exact, nothing, all_ = (point["sets"]["all"] for point in record["points"])
     assert nothing["layers_saved"] == pytest.approx(4 / 6)  # at 0 all leave at the first exit
     assert all_["layers_saved"] == 0
@@ -282,7 +282,7 @@ def test_lite_ends_in_a_table(
     assert all_["operations_saved"] < 0
     assert exact["layers_saved"] is not None
     for point in record["points"]:
-        every, each = point["sets"]["all"], [point["sets"][name] for name in lite.SETS]
+        every, each = point["sets"]["all"], [point["sets"][name] for name in SETS]
         assert every["tokens"] == sum(row["tokens"] for row in each)
         assert sum(point["histogram"].values()) == every["tokens"] - 8
     again = run(lite, *words)
@@ -292,7 +292,7 @@ def test_lite_ends_in_a_table(
     assert {"37.86%", "46.35%"} <= set(re.findall(r"\d\d\.\d\d%", text))
     assert f"{paper['operations_saved']:.1%}" in text
     assert all(row["same"] for row in record["comparison"])
-    assert text.count("\n| paper's thresholds | ") == 5
+    assert text.count("\n| paper's thresholds | ") == 5 + 1  # sets and all; tokens by depth
 
 
 def test_sorted_ends_in_a_table(
