@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deciding_tables import skip_exit
+from deciding_tables import oracle, skip_exit
 from paper_tables import lite
 
 ROOT = Path(__file__).parent.parent
@@ -235,6 +235,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "docs/clock.md": {"clock": clock},
     "docs/tuning.md": {"train_speed": train_speed, "narrow_sst2": narrow},
     "docs/laws.md": {"lossless": lossless},
+    "docs/oracle.md": {"oracle": oracle},
     "docs/results.md": {"lite": lite, "skip_exit": skip_exit},
     "docs/families.md": {"families": families},
 }

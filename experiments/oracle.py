@@ -75,7 +75,7 @@ def main() -> None:
             print(row)
     command = (
         f"python experiments/oracle.py --data {options.data.name} --weights {options.weights} "
-        f"--max-new-tokens {count}"
+        f"--max-new-tokens {count} --limit {options.limit}"
         + ("" if options.model is None else " --model MODEL")
         + " --out results/oracle.json"
     )

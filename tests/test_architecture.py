@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "offramp"
 
 # Lower knows nothing of higher. Modules in one entry may import each other.
 ORDER = [
-    ("errors", "meter", "files", "heads", "journal", "machine", "records"),
+    ("errors", "meter", "files", "heads", "journal", "machine", "records", "shipped"),
     ("shown", "reliability"),
     ("batch", "probe", "readouts", "watch"),
     ("backbone",),

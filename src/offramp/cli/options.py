@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from offramp import shipped
 from offramp.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ ModelName = Annotated[
     typer.Argument(
         metavar="[MODEL]",
         help="Hub id, local folder (a tuned model's, too) or GGUF file; SmolLM2-135M-Instruct by "
-        "default.",
+        "default, 'default-exits' with exits taught to speak.",
         show_default=False,
     ),
 ]
@@ -88,7 +89,9 @@ Out = Annotated[Path | None, typer.Option("--out", help="Write the result to thi
 PlanFile = Annotated[
     str | None,
     typer.Option(
-        "--plan", help="A plan file, or 'full' for every layer and every token (default)."
+        "--plan",
+        help="A plan file, 'full' for every layer and every token (default), or 'default-exits', "
+        "certified for the model of that name.",
     ),
 ]
 DraftDepth = Annotated[
@@ -288,7 +291,7 @@ def parse_plan(
         )
         _ = run.policy  # refuses an unknown signal or a value out of range before a model loads
         return Plan(run=run)
-    return Plan() if plan in (None, "full") else read_plan(Path(str(plan)))
+    return Plan() if plan is None or plan == "full" else read_plan(shipped.plan(plan))
 
 
 def _learnt(file: Path) -> tuple[str, str | None]:

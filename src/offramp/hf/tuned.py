@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from offramp import shipped
 from offramp.card import CARD, GATES, READOUTS, Card, read_card
 from offramp.errors import OfframpError
 from offramp.hf.backbone import fingerprint
@@ -42,7 +43,8 @@ def load_tuned(
     """Load a model of any form, in evaluation mode.
 
     Args:
-        name: hub id, local folder or GGUF file; None for SmolLM2-135M-Instruct.
+        name: hub id, local folder or GGUF file; None for SmolLM2-135M-Instruct, and
+            "default-exits" for it with the exits that come with offramp.
         weights: precision of the weights in memory.
         trust_remote_code: run modelling code that comes with the checkpoint, or with its base.
 
@@ -55,10 +57,11 @@ def load_tuned(
         model, tokenizer, shown = load_checkpoint(
             name, weights=weights, trust_remote_code=trust_remote_code
         )
-        card = None if name is None else read_card(Path(name))
+        folder = Path(shown)
+        card = None if name is None else read_card(folder)
     else:
         shown = str(name)
-        folder = Path(shown)
+        folder = shipped.folder(name) or Path(shown)
         card = read_card(folder)
         model, tokenizer = _over_base(folder, card, weights, trust_remote_code)
     if card is None:
@@ -69,11 +72,13 @@ def load_tuned(
             f"the card of {shown} names exit {max(*card.exits, *card.readouts)} of a model of "
             f"{layers} layers; it belongs to another model"
         )
-    return Tuned(model, tokenizer, shown, card, _readouts(Path(shown), card))
+    return Tuned(model, tokenizer, shown, card, _readouts(folder, card))
 
 
 def is_whole(name: str | None) -> bool:
     """Say whether this is a checkpoint by itself, not an adapter or readouts over a base model."""
+    if shipped.folder(name) is not None:
+        return False
     if name is None or not Path(name).is_dir():
         return True
     parts = {file.name for file in Path(name).iterdir()}
