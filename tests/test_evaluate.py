@@ -14,11 +14,11 @@ import torch
 
 import offramp
 from offramp.errors import OfframpError, UsageError
-from offramp.evaluate import run
 from offramp.evaluate.items import Item
-from offramp.evaluate.kept import Group
+from offramp.evaluate.kept import Group, facts_of
 from offramp.evaluate.run import Judged, Settings, compare
 from offramp.evaluate.tasks import Kind, Task
+from offramp.journal import append
 from offramp.policy import Threshold
 from offramp.text import encode
 from offramp.trace import record, replay
@@ -200,7 +200,6 @@ def test_a_run_that_was_killed_goes_on(
     """Byte for byte the scores of one that was not, and nothing is asked twice."""
     unbroken = scores(compared(tiny, LEAVING, ALL))
     kept, asked = tmp_path / "kept", []
-    real = run.append
 
     def dies(path: Path, found: dict[str, Any]) -> None:
         asked.append((found["task"], found["number"]))
@@ -208,9 +207,9 @@ def test_a_run_that_was_killed_goes_on(
             path.write_text(path.read_text() + json.dumps(found)[:99])  # cut off by the kill
             asked.pop()
             raise KeyboardInterrupt
-        real(path, found)
+        append(path, found)
 
-    monkeypatch.setattr(run, "append", dies)
+    monkeypatch.setattr("offramp.evaluate.run.append", dies)
     with pytest.raises(KeyboardInterrupt):
         compared(tiny, LEAVING, ALL, kept=kept)
     stop = 0
@@ -249,9 +248,9 @@ def test_a_plans_files_are_part_of_it(tiny: offramp.Model, tmp_path: Path) -> No
     file = tmp_path / "gates"
     file.write_text("one")
     plan = offramp.Plan(run=offramp.Exit(signal="x", thresholds={2: 0.5}, classifier=str(file)))
-    first = run.facts_of(tiny, plan)
+    first = facts_of(tiny, plan)
     file.write_text("two")
-    assert run.facts_of(tiny, plan) != first
+    assert facts_of(tiny, plan) != first
 
 
 # -- what it refuses
