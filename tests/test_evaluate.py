@@ -14,7 +14,6 @@ import torch
 
 import offramp
 from offramp.errors import OfframpError, UsageError
-from offramp.evaluate import run
 from offramp.evaluate.items import Item
 from offramp.evaluate.kept import Group, facts_of
 from offramp.evaluate.run import Judged, Settings, compare
@@ -201,7 +200,6 @@ def test_a_run_that_was_killed_goes_on(
     """Byte for byte the scores of one that was not, and nothing is asked twice."""
     unbroken = scores(compared(tiny, LEAVING, ALL))
     kept, asked = tmp_path / "kept", []
-    real = append
 
     def dies(path: Path, found: dict[str, Any]) -> None:
         asked.append((found["task"], found["number"]))
@@ -209,9 +207,9 @@ def test_a_run_that_was_killed_goes_on(
             path.write_text(path.read_text() + json.dumps(found)[:99])  # cut off by the kill
             asked.pop()
             raise KeyboardInterrupt
-        real(path, found)
+        append(path, found)
 
-    monkeypatch.setattr(run, "append", dies)
+    monkeypatch.setattr("offramp.evaluate.run.append", dies)
     with pytest.raises(KeyboardInterrupt):
         compared(tiny, LEAVING, ALL, kept=kept)
     stop = 0
