@@ -70,7 +70,8 @@ def main() -> None:
     rows += list(_variants(traces, model.backbone))
     measured = _measured(model, traces, options)
     result = {
-        "command": "python experiments/adainfer.py --data DATA --out results/adainfer.json",
+        "command": f"python experiments/adainfer.py --data DATA --limit {options.limit} "
+        "--out results/adainfer.json",
         "model": model.name,
         "limit": options.limit,
         "seed": options.seed,
