@@ -6,6 +6,8 @@ TASK is one of
 
 * general: instruction following on Alpaca (non-commercial licence: the weights stay where they are
   made). Plain fine-tuning, LITE and SoFT, two million tokens each.
+* exits: a block per exit of the unchanged default model, on its own answers to prompts that anyone
+  may train on (`open_prompts.py`); `ship_exits.py` makes of it what comes with offramp.
 * e2e: data to text. Plain fine-tuning first; then LITE with half of each exit's loss the last
   layer's, on that model's own answers to training and synthetic prompts; then more of it on those
   answers with other names (`narrow_names.py` writes them once the second arm is done).
@@ -59,6 +61,15 @@ TASKS: dict[str, list[Arm]] = {
         Arm("sft", "--recipe sft --exits 12,18,24 " + _GENERAL),
         Arm("lite", "--recipe lite --exits 12,18,24 --each-step rotate " + _GENERAL),
         Arm("sorted", "--recipe sorted --exits 12,18,24 --each-step sample " + _GENERAL),
+    ],
+    "exits": [
+        Arm(
+            "blocks",
+            "--recipe heads --readout block --exits 12,18,24 --answers self --answer-tokens 128 "
+            "--data {runs}/data/{task}/prompts.jsonl --limit 1400 --length 256 --rows 8 "
+            "--rows-at-once 8 --held-out 60 --save-every 10 --learning-rate 5e-4 --epochs 3 "
+            "--tokens 330000 --precision fp32",
+        ),
     ],
     "e2e": [
         Arm("sft", "--recipe sft --epochs 2 --learning-rate 1e-4 " + _NARROW),
@@ -126,6 +137,12 @@ def _prepare(task: str, data: Path, runs: Path) -> None:
         write_text(runs / "text.txt", text[:TEXT_BYTES].decode("utf-8", "ignore"))
         return
     out = runs / "data" / task
+    if task == "exits":
+        script = Path(__file__).with_name("open_prompts.py")
+        out.mkdir(parents=True, exist_ok=True)
+        made = [sys.executable, str(script), "--data", str(data), "--out"]
+        subprocess.run([*made, str(out / "prompts.jsonl")], check=True)
+        return
     if not (out / "test.jsonl").is_file():
         script = Path(__file__).with_name("narrow_data.py")
         made = [sys.executable, str(script), task, "--data", str(data / FOLDERS[task])]
