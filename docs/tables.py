@@ -233,7 +233,11 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "README.md": {"bench": bench, "costs": costs},
     "docs/calibration.md": {"certificates_stories": certificates},
     "docs/clock.md": {"clock": clock},
-    "docs/tuning.md": {"train_speed": train_speed, "narrow_sst2": narrow},
+    "docs/tuning.md": {
+        "train_speed": train_speed,
+        "tuning_exits": tuning,
+        "narrow_sst2": narrow,
+    },
     "docs/laws.md": {"lossless": lossless},
     "docs/oracle.md": {"oracle": oracle},
     "docs/results.md": {"lite": lite, "adainfer": adainfer, "skip_exit": skip_exit},

@@ -1,39 +1,84 @@
-"""The main job on the default model: a real answer, plain and lossless-speculative, and its cost.
+"""The default model two ways: lossless drafts, and exits that leave early with a certificate.
 
 make demo
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 
 from rich.console import Console
 
 import offramp
+from offramp import shipped
 from offramp.cli.output import table
+from offramp.model import Result
+from offramp.plan import read_plan
 
 PROMPT = "Why is the sky blue? Answer in two sentences."
+MORE = ("Give me three tips for sleeping better.", "What is a lighthouse for?")
 DRAFT_DEPTH, DRAFT_TOKENS = 24, 2
+ROUNDS = 3
 
 
 def main() -> None:
-    """Generate twice, compare, and say honestly what it cost."""
+    """Generate, compare, and say honestly what it cost."""
     console = Console(highlight=False, width=100)
-    model = offramp.load()
-    depth = model.backbone.shape.num_layers
-    kind = type(model.backbone).__name__
-    console.print(f"{model.name}: {depth} layers, checked against the untouched model, {kind}.\n")
+    same = _lossless(console)
+    _certified(console)
+    sys.exit(not same)
 
+
+def _lossless(console: Console) -> bool:
+    """Draft with the first layers, confirm with all: the same text, whatever it costs."""
+    model = offramp.load()
+    depth, kind = model.backbone.shape.num_layers, type(model.backbone).__name__
+    console.print(f"{model.name}: {depth} layers, checked against the untouched model, {kind}.\n")
     draft = offramp.Speculate(draft=tuple(range(DRAFT_DEPTH)), tokens=DRAFT_TOKENS)
     model.generate(PROMPT, max_new_tokens=2)  # the first pass pages the weights in
     plain = model.generate(PROMPT, max_new_tokens=64)
     speculative = model.generate(PROMPT, plan=offramp.Plan(run=draft), max_new_tokens=64)
-
     console.print(f"[bold]{PROMPT}[/bold]\n{plain.text}\n")
     same = plain.outputs[0].token_ids == speculative.outputs[0].token_ids
     console.print(f"Plain and speculative answers are {'equal' if same else 'NOT EQUAL'}.\n")
-
     runs = {"plain, full depth": plain, f"lossless, draft at {DRAFT_DEPTH}": speculative}
+    _costs(console, runs)
+    _compare(console, "Speculation", speculative.figures.seconds / plain.figures.seconds)
+    console.print("`offramp inspect` says beforehand whether it can pay.\n")
+    return same
+
+
+def _certified(console: Console) -> None:
+    """Leave at an exit that was taught to speak, as often as a certificate allows."""
+    plan = read_plan(shipped.plan(shipped.EXITS))
+    made = plan.certificate
+    assert made is not None
+    assert made.weights == "int8"
+    model = offramp.load(shipped.EXITS, weights="int8")
+    console.print(
+        f"{model.name} ({made.weights}): certified that at most {made.alpha:.0%} of a text's "
+        f"tokens are not the\nfull model's choice ({made.method}, {made.n} texts, delta "
+        f"{made.delta}); {made.held_out.risk:.1%} on texts kept apart.\n"
+    )
+    prompts = [PROMPT, *MORE]
+    full, early = [], []
+    for _ in range(ROUNDS):
+        full.append(model.generate(prompts, max_new_tokens=64, batch_size=1))
+        early.append(model.generate(prompts, plan=plan, max_new_tokens=64, batch_size=1))
+    console.print(f"[bold]{PROMPT}[/bold]\n{early[0].outputs[0].text}\n")
+    _costs(console, {"full depth": full[0], "certified exits": early[0]})
+    depths = [depth for output in early[0].outputs for depth in output.depths]
+    left = sum(depth < model.backbone.shape.num_layers for depth in depths) / len(depths)
+    ratio = statistics.median(
+        one.figures.as_dict()["tokens_per_second"] / other.figures.as_dict()["tokens_per_second"]  # type: ignore[operator]
+        for one, other in zip(full, early, strict=True)
+    )
+    console.print(f"{left:.0%} of the tokens left early.")
+    _compare(console, f"Leaving, per token, median of {ROUNDS} rounds in turns,", ratio)
+
+
+def _costs(console: Console, runs: dict[str, Result]) -> None:
     head = ("", "tokens", "layer passes", "head rows", "operations", "weights read", "tokens/s")
     rows = []
     for name, run in runs.items():
@@ -42,14 +87,11 @@ def main() -> None:
         counts = (f"{f['tokens']}", f"{f['layer_passes']}", f"{f['head_rows']}")
         rows.append((name, *counts, *ratios, f"{f['tokens_per_second']:.1f}"))
     table("cost (operations and weights read against full depth)", head, rows, console)
-    ratio = speculative.figures.seconds / plain.figures.seconds
+
+
+def _compare(console: Console, what: str, ratio: float) -> None:
     word = "slower" if ratio > 1 else "faster"
-    console.print(
-        f"Speculation was {max(ratio, 1 / ratio):.2f} times {word} than plain decoding here. "
-        "`offramp inspect` says beforehand\nwhether it can pay: this model was never tuned to "
-        "speak from its intermediate layers."
-    )
-    sys.exit(not same)
+    console.print(f"{what} was {max(ratio, 1 / ratio):.2f} times {word} than full depth here.")
 
 
 if __name__ == "__main__":
