@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deciding_tables import adainfer, oracle, skip_exit
+from deciding_tables import adainfer, oracle, policies, skip_exit
 from paper_tables import lite
 
 ROOT = Path(__file__).parent.parent
@@ -240,7 +240,12 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     },
     "docs/laws.md": {"lossless": lossless},
     "docs/oracle.md": {"oracle": oracle},
-    "docs/results.md": {"lite": lite, "adainfer": adainfer, "skip_exit": skip_exit},
+    "docs/results.md": {
+        "lite": lite,
+        "adainfer": adainfer,
+        "skip_exit": skip_exit,
+        "policies": policies,
+    },
     "docs/families.md": {"families": families},
 }
 
