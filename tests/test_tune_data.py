@@ -73,7 +73,7 @@ def _packed(write: Write) -> Write:
     def written(folder: Path, rows: Sequence[Any]) -> Path:
         plain = write(folder, rows)
         path = plain.with_name(plain.name + ".gz")
-        path.write_bytes(gzip.compress(plain.read_bytes()))
+        path.write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
         return path
 
     return written
@@ -203,10 +203,10 @@ def test_a_bad_document_is_named_or_counted(tmp_path: Path) -> None:
         ("a.json", b"[" * 100_000, "not valid JSON"),
         ("a.json", b"[%s]" % (b"1" * 5000), "not valid JSON"),
         ("a.jsonl.gz", b'{"prompt": "Hi", "completion": "Ho"}', "cannot read"),
-        ("a.txt.gz", gzip.compress(bytes(9999))[:-9], "cannot read"),
-        ("a.txt.gz", gzip.compress(b"abc")[:10] + b"\xff" * 30, "cannot read"),
+        ("a.txt.gz", gzip.compress(bytes(9999), mtime=0)[:-9], "cannot read"),
+        ("a.txt.gz", gzip.compress(b"abc", mtime=0)[:10] + b"\xff" * 30, "cannot read"),
         ("a.csv", b"a,b\n", r"\.json, \.jsonl, \.txt are read"),
-        ("a.gz", gzip.compress(b"abc"), r"are read, each also with \.gz"),
+        ("a.gz", gzip.compress(b"abc", mtime=0), r"are read, each also with \.gz"),
     ],
 )
 def test_a_file_without_rows_is_refused(
@@ -241,10 +241,10 @@ def test_sizes_have_bounds(tmp_path: Path, name: str, monkeypatch: pytest.Monkey
     row = b'{"prompt": "Hi", "completion": "Ho"}'
     fitting = {"a.jsonl": row, "a.txt": b"x" * 50, "a.json": b"[%s]" % row}[name]
     path = tmp_path / f"{name}.gz"
-    path.write_bytes(gzip.compress(fitting))
+    path.write_bytes(gzip.compress(fitting, mtime=0))
     assert len(read_rows([str(path)]).rows) == 1
     larger = {"a.jsonl": row[:-1] + b" " * 20 + b"}", "a.txt": b"x\n" * 51}
-    path.write_bytes(gzip.compress(larger.get(name, fitting + b" " * 20)))
+    path.write_bytes(gzip.compress(larger.get(name, fitting + b" " * 20), mtime=0))
     with pytest.raises(OfframpError, match=r"more than 50|too large for one JSON list"):
         read_rows([str(path)], skip_bad=True)
 
