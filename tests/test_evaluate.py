@@ -193,6 +193,30 @@ def test_likeness_is_1_for_the_same_answer_and_only_then_asked(tiny: offramp.Mod
 # -- going on
 
 
+def test_a_judge_sees_both_answers_and_those_without_a_verdict_do_not_count(
+    tiny: offramp.Model,
+) -> None:
+    """Wins count 1, ties a half; what was asked is told, and which answer is whose."""
+    told: list[tuple[str, str, str]] = []
+
+    def judge(texts: Sequence[tuple[str, str, str]]) -> list[float | None]:
+        told.extend(texts)
+        return [1.0, 0.5, 0.0, 1.0, None, None]
+
+    asked = [(ANSWER, ANSWER.items(None, 0))]
+    [judged] = compare(tiny, LEAVING, asked, SMALL, judge=judge, show=False)
+    found = row(judged, "preferred")
+    assert (found.plan.mean, found.full.mean, found.better) == (0.625, 0.5, "higher")
+    assert [prompt for prompt, _, _ in told] == [item.prompt for item in ANSWER.items(None, 0)]
+    [plain] = compare(tiny, FULL, asked, SMALL, show=False)
+    assert "preferred" not in [one.score for one in plain.rows]
+    prompts = [encode(tiny.tokenizer, one, raw=True) for one, _, _ in told]
+    own = [own_answer(tiny.backbone, ids, 6) for ids in prompts]  # type: ignore[arg-type]
+    texts = [tiny.tokenizer.decode(ids, skip_special_tokens=True) for ids in own]
+    assert [full for _, _, full in told] == texts
+    assert [plan for _, plan, _ in told] != texts
+
+
 @pytest.mark.parametrize("stop", [1, 4, 7])
 def test_a_run_that_was_killed_goes_on(
     tiny: offramp.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
@@ -339,6 +363,9 @@ def test_every_mistake_is_one_sentence(
         rows.write_text(line + "\n")
         shell.refused(1, said, *exit_, rows)
     rows.write_text('{"prompt": "a"}\n')
+    shell.refused(2, "name it with --out", *exit_, rows, "--judge", "http://localhost/v1")
+    bad = ("--judge", "localhost", "--out", tmp_path / "out.json")
+    shell.refused(2, "must be http:// or https://", *exit_, rows, *bad)
     monkeypatch.setattr("offramp.evaluate.similarity.find_spec", lambda _: None)
     shell.refused(1, "offramp[similarity]", *exit_, rows, "--similarity")
     monkeypatch.setattr("offramp.evaluate.overlap.find_spec", lambda _: None)

@@ -15,7 +15,7 @@ import pytest
 
 from offramp.errors import OfframpError, UsageError
 from offramp.evaluate.endpoint import Endpoint
-from offramp.evaluate.judge import Pair, Verdicts, judge_pairs
+from offramp.evaluate.judge import Pair, Preference, Verdicts, judge_pairs
 
 PAIRS = [
     Pair(prompt="Why?", ours="because it is so, at length", theirs="so"),
@@ -275,3 +275,18 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, server: Server) -> None:
         judged(server, other)
     with pytest.raises(OfframpError, match="cannot"):
         judged(server, tmp_path / "none" / "kept.jsonl")
+
+
+def test_a_preference_is_worth_what_the_judge_said(server: Server, tmp_path: Path) -> None:
+    """1 where ours won, 0 where theirs did, nothing where there is no verdict; and it counts."""
+    server.rule = longer
+    texts = [(pair.prompt, pair.ours, pair.theirs) for pair in PAIRS]
+    prefers = Preference(Endpoint(server.url, "a-judge", timeout=5.0), tmp_path / "said")
+    assert prefers(texts) == [1.0, 0.0, 1.0]
+    assert (prefers.failed, prefers.retried) == (0, 0)
+    server.rule = lambda n, first, second: (500, b"")
+    lost = Preference(
+        Endpoint(server.url, "another", attempts=2, first_wait=0.01), tmp_path / "lost"
+    )
+    assert lost(texts) == [None] * 3
+    assert lost.failed == 3

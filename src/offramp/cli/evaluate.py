@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from offramp.cli import options as o
-from offramp.errors import UsageError
+from offramp.errors import OfframpError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from offramp.evaluate.judge import Preference
     from offramp.evaluate.run import Judged
     from offramp.evaluate.scores import Likeness, Row
     from offramp.evaluate.tasks import Task
@@ -54,6 +57,19 @@ def evaluate(
             help="Judge likeness in meaning to the full model's answer (the extra similarity).",
         ),
     ] = False,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Ask an OpenAI-compatible endpoint which of both answers is better, in both "
+            "orders (the extra judge; needs --out).",
+        ),
+    ] = None,
+    judge_model: Annotated[str, typer.Option(metavar="NAME", help="Of the judge.")] = "judge",
+    judge_key: Annotated[
+        str | None,
+        typer.Option(metavar="VARIABLE", help="Environment variable that holds the judge's key."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws the items and the bootstrap's resamples.")] = 0,
     raw: o.Raw = False,
     batch_size: o.BatchSize = 8,
@@ -99,6 +115,7 @@ def evaluate(
     wanted = find_tasks(tasks.split(",") if tasks else [])
     asked = [(task, task.items(data, seed)) for task in wanted]
     likeness = _likeness(wanted, similarity)
+    prefers = None if judge is None else _preference(judge, judge_model, judge_key, out)
     from rich.console import Console
 
     from offramp.cli.output import environment, finish
@@ -113,7 +130,7 @@ def evaluate(
     )
     settings = Settings(limit, seed, max_new_tokens, batch_size, raw)
     kept = None if out is None else out.with_suffix(".answers.jsonl")
-    judged = compare(loaded, chosen, asked, settings, kept=kept, likeness=likeness)
+    judged = compare(loaded, chosen, asked, settings, kept=kept, likeness=likeness, judge=prefers)
     if not json:
         _show(judged, loaded.backbone.shape.num_layers, Console(highlight=False))
     record = {
@@ -126,8 +143,29 @@ def evaluate(
         "weights": loaded.backbone.weights,
         **environment(),
         "tasks": [one.as_dict() for one in judged],
+        "judge": None
+        if prefers is None
+        else {"model": judge_model, "failed": prefers.failed, "retried": prefers.retried},
     }
+    if prefers is not None and prefers.failed:
+        print(
+            f"offramp: the judge gave no verdict on {prefers.failed} pairs, which are left out; "
+            "the same command asks again",
+            file=sys.stderr,
+        )
     finish(record, as_json=json, out=out)
+
+
+def _preference(url: str, name: str, key: str | None, out: Path | None) -> Preference:
+    """Return what asks the judge, and keeps what it said beside the result."""
+    if find_spec("httpx2") is None:
+        raise OfframpError("--judge speaks HTTP by httpx2: pip install 'offramp[judge]'")
+    if out is None:
+        raise UsageError("--judge keeps what the judge said beside the result: name it with --out")
+    from offramp.evaluate.endpoint import Endpoint
+    from offramp.evaluate.judge import Preference
+
+    return Preference(Endpoint(url, name, key), out.with_suffix(".verdicts.jsonl"))
 
 
 def _likeness(tasks: Sequence[Task], similarity: bool) -> Likeness | None:

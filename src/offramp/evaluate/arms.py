@@ -18,7 +18,7 @@ from offramp.evaluate.tasks import Task
 from offramp.model import Model
 from offramp.plan import Plan, cheap_weights, execute
 from offramp.request import Request, Token
-from offramp.text import Detokenizer, encode
+from offramp.text import Detokenizer, Prompt, encode
 from offramp.trace import record
 
 
@@ -31,6 +31,8 @@ class Asked:
     references: tuple[str, ...]
     firsts: frozenset[int]
     """First tokens of the right answers."""
+    prompt: str = ""
+    """What a judge is told was asked."""
 
 
 class Forced:
@@ -92,7 +94,14 @@ def _asked(model: Model, task: Task, item: Item, *, raw: bool, count: int) -> As
         return None
     needed = "accuracy" in task.scores
     firsts = {_first(model, str(item.prompt), right) for right in item.references if needed}
-    return Asked(ids, item.references, frozenset(firsts))
+    return Asked(ids, item.references, frozenset(firsts), _shown(item.prompt))
+
+
+def _shown(prompt: Prompt) -> str:
+    """Return a prompt as text: of a chat, who said what."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def _first(model: Model, prompt: str, answer: str) -> int:

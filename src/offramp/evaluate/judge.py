@@ -24,6 +24,7 @@ from offramp.records import Record
 Outcome = Literal["win", "tie", "loss", "failed"]
 
 _MOST_FILE_BYTES = 2**28
+_WORTH: dict[Outcome, float | None] = {"win": 1.0, "tie": 0.5, "loss": 0.0, "failed": None}
 
 
 class Pair(Record):
@@ -114,6 +115,27 @@ def judge_pairs(
     except OSError as error:
         raise OfframpError(f"cannot write the verdicts {kept}: {error.strerror}") from error
     return Verdicts(tuple(outcomes), retried)
+
+
+@dataclass
+class Preference:
+    """Judges answers for ``evaluate``, and counts what went wrong."""
+
+    endpoint: Endpoint
+    kept: Path
+    failed: int = 0
+    retried: int = 0
+
+    def __call__(self, texts: Sequence[tuple[str, str, str]]) -> list[float | None]:
+        """Return what ``(prompt, ours, theirs)`` is worth: 1, 0.5 or 0; None without a verdict."""
+        from tqdm import tqdm
+
+        pairs = [Pair(prompt=asked, ours=ours, theirs=theirs) for asked, ours, theirs in texts]
+        with tqdm(total=len(pairs), desc="judge", unit="pair", leave=False) as bar:
+            found = judge_pairs(pairs, self.endpoint, self.kept, progress=bar.update)
+        self.failed += found.failed
+        self.retried += found.retried
+        return [_WORTH[outcome] for outcome in found.outcomes]
 
 
 class _Judge:

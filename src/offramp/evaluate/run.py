@@ -17,7 +17,7 @@ from offramp.evaluate.arms import Asked, asked_of, take_turn, with_losses
 from offramp.evaluate.intervals import Interval
 from offramp.evaluate.items import Item
 from offramp.evaluate.kept import Answer, Group, Ran, digest_of, facts_of
-from offramp.evaluate.scores import Likeness, Row, rows_of
+from offramp.evaluate.scores import Judge, Likeness, Row, rows_of
 from offramp.evaluate.tasks import Task
 from offramp.journal import append, open_journal
 from offramp.model import Model
@@ -85,6 +85,7 @@ def compare(
     *,
     kept: Path | None = None,
     likeness: Likeness | None = None,
+    judge: Judge | None = None,
     show: bool = True,
 ) -> list[Judged]:
     """Let the plan and full depth answer the items of some tasks, group by group in turns.
@@ -96,6 +97,7 @@ def compare(
         settings: how.
         kept: a file for the answers; a run that was killed goes on behind those it holds.
         likeness: what judges likeness in meaning.
+        judge: what says which of two answers is better.
         show: progress bars.
 
     Raises:
@@ -118,7 +120,7 @@ def compare(
     judged = []
     for one in prepared:
         groups = list(one.groups(found, kept, show=show))
-        judged.append(one.judged(groups, likeness))
+        judged.append(one.judged(groups, likeness, judge))
     return judged
 
 
@@ -198,11 +200,13 @@ class _Comparison:
         size = self.settings.batch_size
         return take_turn(self.model, plan, self.task, some, count=self.count, batch_size=size)
 
-    def judged(self, groups: Sequence[Group], likeness: Likeness | None) -> Judged:
+    def judged(
+        self, groups: Sequence[Group], likeness: Likeness | None, judge: Judge | None
+    ) -> Judged:
         """Return scores and costs."""
         plan = [answer for group in groups for answer in group.plan.answers]
         full = [answer for group in groups for answer in group.full.answers]
-        rows = rows_of(self.task, self.asked, plan, full, self.settings.seed, likeness)
+        rows = rows_of(self.task, self.asked, plan, full, self.settings.seed, likeness, judge)
         return Judged(self.task.name, len(plan), self.left_out, rows, _costs(groups, plan, full))
 
 

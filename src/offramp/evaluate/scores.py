@@ -19,6 +19,9 @@ from offramp.evaluate.tasks import Task
 Better = Literal["higher", "lower", "neither"]
 Likeness = Callable[[Sequence[str], Sequence[str]], list[float]]
 """How alike pairs of texts are in meaning."""
+Judge = Callable[[Sequence[tuple[str, str, str]]], list[float | None]]
+"""``(prompt, the plan's answer, the full model's)`` to 1 where the plan's is better, 0.5 where
+neither is, 0 where the other is; None where there is no verdict."""
 
 LEAST = 10
 """Items below which an interval by bootstrap says too little for a verdict."""
@@ -66,6 +69,7 @@ def rows_of(
     full: Sequence[Answer],
     seed: int,
     likeness: Likeness | None = None,
+    judge: Judge | None = None,
 ) -> list[Row]:
     """Return the scores of a task; the first is the one that counts.
 
@@ -76,6 +80,7 @@ def rows_of(
         full: the full model's.
         seed: of the resamples.
         likeness: what judges likeness in meaning; none is judged without.
+        judge: what says which answer is better; likewise.
     """
     if task.kind == "reading":
         return _read(plan, full, seed)
@@ -93,6 +98,8 @@ def rows_of(
     ratios = [len(own.ids) / len(other.ids) for own, other in zip(plan, full, strict=True)]
     rows.append(_row("length_ratio", "full model", "neither", ratios, [1.0] * len(ratios), seed))
     losses, least = ([_known(answer.loss) for answer in arm] for arm in (plan, full))
+    if judge is not None:
+        rows += _preferred(asked, plan, full, judge, seed)
     return [*rows, _row("loss_of_answer", "full model", "lower", losses, least, seed)]
 
 
@@ -121,6 +128,20 @@ def _likeness(
         same = [1.0 if a.ids == b.ids else one for (a, b), one in zip(pairs, judged, strict=True)]
         found.insert(0, ("similarity_to_full", same))
     return found
+
+
+def _preferred(
+    asked: Sequence[Asked],
+    plan: Sequence[Answer],
+    full: Sequence[Answer],
+    judge: Judge,
+    seed: int,
+) -> list[Row]:
+    """Return how often the plan's answer is the better one, a tie counting half; 0.5 is as good."""
+    texts = [(a.prompt, b.text, c.text) for a, b, c in zip(asked, plan, full, strict=True)]
+    found = [one for one in judge(texts) if one is not None]
+    level = [0.5] * len(found)
+    return [_row("preferred", "full model", "higher", found, level, seed)] if found else []
 
 
 def _alike(score: Callable[[str, Sequence[str]], float], own: Answer, other: Answer) -> float:
