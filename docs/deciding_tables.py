@@ -142,3 +142,33 @@ def policies(record: dict[str, Any]) -> str:
         f"{record['tokens']} tokens; agreement with the last layer {agreement}. Full depth = 1."
         f"{left} Written by `{record['command']}`."
     )
+
+
+def evaluated(record: dict[str, Any]) -> str:
+    """Return what a plan saves on each task, and how near its answers are to full depth's."""
+    lines = [
+        "| task | items | meaning | ROUGE-L | loss of the answer (full depth's own) | tokens "
+        "| operations saved | time per token (quartiles) |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for task in record["tasks"]:
+        scores = {row["score"]: row for row in task["scores"]}
+        like, words = (
+            f"{row['plan']['mean']:.2f} ({row['plan']['low']:.2f}-{row['plan']['high']:.2f})"
+            for row in (scores["similarity_to_full"], scores["rouge_l_to_full"])
+        )
+        loss, took = scores["loss_of_answer"], task["time_per_token_ratio"]
+        tokens = task["tokens"]["plan"] / task["tokens"]["full"]
+        lines.append(
+            f"| {task['task']} | {task['items']} | {like} | {words} "
+            f"| {loss['plan']['mean']:.2f} ({loss['full']['mean']:.2f}) | {tokens:.2f} "
+            f"| {task['flops_saved']:.1%} | {took['median']:.2f} ({took['low']:.2f}-"
+            f"{took['high']:.2f}) |"
+        )
+    machine = record["machine"]
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, {record['weights']}, the certified plan; answers of up to "
+        f"{record['max_new_tokens']} tokens, one by one, {machine['threads']} threads of "
+        f"{machine['processor']}; meaning is the cosine by MiniLM, 95% intervals over items. "
+        f"Written by `{record['command']}`."
+    )

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deciding_tables import adainfer, control, oracle, policies, skip_exit
+from deciding_tables import adainfer, control, evaluated, oracle, policies, skip_exit
 from paper_tables import lite
 
 ROOT = Path(__file__).parent.parent
@@ -246,6 +246,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "adainfer": adainfer,
         "skip_exit": skip_exit,
         "policies": policies,
+        "evaluate_exits": evaluated,
     },
     "docs/families.md": {"families": families},
 }
