@@ -459,7 +459,11 @@ def test_what_does_not_go_together_is_refused() -> None:
     for names in ((), ("margin", "margin"), ("tea_leaves",)):
         with pytest.raises(UsageError, match="features"):
             fit_classifier(trace, features=names)
-    for changes in ({"fingerprint": "x"}, {"exits": (1, 2, 3, 4)}, {"check": "shortlist:8"}):
+    other: tuple[dict[str, Any], ...] = (
+        *({"fingerprint": "x"}, {"exits": (1, 2, 3, 4)}, {"check": "shortlist:8"}),
+        {"head": "shortlist:8"},
+    )
+    for changes in other:
         with pytest.raises(UsageError, match="differ in their"):
             joined([trace, replace(trace, **changes)])
     with pytest.raises(UsageError, match="no trace"):

@@ -277,7 +277,8 @@ def test_a_plan_with_a_short_head_is_certified_for_what_that_chooses(
     prompts.write_text("".join(f"tell me of {i}\n" for i in range(24)))
     base = ["calibrate", checkpoint, "--backbone", "hf", "--prompts", prompts, "--exits", "2,4"]
     more = ["--alpha", 0.98, "--delta", 0.6, "--method", "betting", "--max-new-tokens", 6]
-    record = shell.json(*base, *more, "--head", "shortlist:99", "--out", out)
+    short = ("--check", "full", "--head", "shortlist:99")  # a full check looks at what chooses
+    record = shell.json(*base, *more, *short, "--out", out)
     run = read_plan(out).run
     assert isinstance(run, Exit)
     assert str(run.head) == str(run.check) == "shortlist:99"

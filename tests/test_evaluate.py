@@ -366,6 +366,8 @@ def test_every_mistake_is_one_sentence(
     shell.refused(2, "name it with --out", *exit_, rows, "--judge", "http://localhost/v1")
     bad = ("--judge", "localhost", "--out", tmp_path / "out.json")
     shell.refused(2, "must be http:// or https://", *exit_, rows, *bad)
+    keyed = ("--judge", "http://localhost/v1", "--out", tmp_path / "o.json", "--judge-key", "NONE_")
+    shell.refused(2, "the judge's key is not in the environment", *exit_, rows, *keyed)
     monkeypatch.setattr("offramp.evaluate.similarity.find_spec", lambda _: None)
     shell.refused(1, "offramp[similarity]", *exit_, rows, "--similarity")
     monkeypatch.setattr("offramp.evaluate.overlap.find_spec", lambda _: None)

@@ -1,9 +1,9 @@
 """Prices: from counted rows and passes to operations, bytes and seconds, and what would pay.
 
-One model of cost for every door. All terms are there: layers, attention by context, exit checks,
-key and value fill, draft work thrown away. Two views need no measurement: *flops* is what a
-compute-bound step costs, *bytes* (weights read) what a memory-bound one does. Where a machine was
-measured, *seconds* says what both together do.
+One model of cost for every door. Of counted work all terms are there: layers (blocks of exits among
+them), attention by context, exit checks, key and value fill, draft work thrown away. Two views need
+no measurement: *flops* is what a compute-bound step costs, *bytes* (weights read) what a
+memory-bound one does. Where a machine was measured, *seconds* says what both together do.
 """
 
 from __future__ import annotations
@@ -228,7 +228,8 @@ def exit_ratio(
 
     Time where constants are given, for one text of ``context`` tokens; else weights read. Tokens
     that wait go through the deeper layers with the next one that gets there: no weights are read
-    for them, but the more rows take time.
+    for them, but the more rows take time. An exit's own block, a layer for every token that asks,
+    is not among the prices: there the prediction is too low.
 
     Args:
         shape: the model.

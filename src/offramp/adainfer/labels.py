@@ -70,7 +70,7 @@ def joined(traces: Sequence[Trace]) -> Trace:
         raise UsageError("there is no trace to fit on")
     first = traces[0]
     for other in traces[1:]:
-        for what in ("fingerprint", "exits", "check"):
+        for what in ("fingerprint", "exits", "check", "head"):
             if vars(other)[what] != vars(first)[what]:
                 raise UsageError(
                     f"the traces differ in their {what}: {vars(first)[what]} and "

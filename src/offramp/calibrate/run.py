@@ -59,6 +59,15 @@ class Way:
         """Return whether no exit may be dropped, as the signal compares it with the next."""
         return not isinstance(self.check, GateFile) and find(self.signal).looks_back
 
+    def scores(self, trace: Trace) -> Tensor:
+        """Return what thresholds are on, ``[T, E]`` fp32, as the loop would see it.
+
+        Raises:
+            UsageError: the trace lacks what this way asks for, or another head chose in it.
+        """
+        trace.must_choose_by(self.head)
+        return seen(trace, self.signal, self.exits, self.check)
+
 
 def exits_of(trace: Trace, asked: Sequence[int] | None) -> tuple[int, ...]:
     """Return the exits asked for, or all of the trace's where those are few.
@@ -202,9 +211,9 @@ def candidates(
     cheap is refined: nothing that is tested later has been looked at.
     """
     whole = len(trace.rows) if order is None else len(order)
-    seen(trace, way.signal, way.exits, way.check)  # refuses what the whole trace lacks
+    way.scores(trace)  # refuses what the whole trace lacks
     part = trace if order is None else trace.part(order.tolist())
-    scores = seen(part, way.signal, way.exits, way.check)
+    scores = way.scores(part)
     coarse = replay_settings(part, way, grid(scores, keep_exits=way.keeps_exits))
     every = np.arange(whole)
     path = safe_to_cheap(coarse.losses[risk].mean(-1), costs(coarse, every, price))
@@ -219,7 +228,6 @@ def replay_settings(
     progress: Callable[[int, int], object] = lambda done, all_of: None,
 ) -> Replays:
     """Replay settings ``[M, E]`` on all of a trace; progress is told (done, of all)."""
-    trace.must_choose_by(way.head)
     done = [0]
 
     def more(count: int) -> None:
@@ -228,7 +236,7 @@ def replay_settings(
 
     return replay_all(
         trace,
-        seen(trace, way.signal, way.exits, way.check),
+        way.scores(trace),
         way.exits,
         settings,
         max_waiting=way.max_waiting,

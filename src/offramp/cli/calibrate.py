@@ -127,8 +127,10 @@ def calibrate(
 
     goal = Goal(risk.value, alpha, delta, method.value)
     chosen_by = parse_head(head or "full")
-    looked_at = chosen_by if check is None else parse_check(check)
+    looked_at = parse_check(check or "full")
     _must_go_together(goal, looked_at, chosen_by)
+    if looked_at.kind == "full":  # what chooses is what a full check looks at
+        looked_at = chosen_by
     if wanted:
         must_be_enough(len(wanted), goal)
     loaded = load(

@@ -165,7 +165,9 @@ def _preference(url: str, name: str, key: str | None, out: Path | None) -> Prefe
     from offramp.evaluate.endpoint import Endpoint
     from offramp.evaluate.judge import Preference
 
-    return Preference(Endpoint(url, name, key), out.with_suffix(".verdicts.jsonl"))
+    endpoint = Endpoint(url, name, key)
+    endpoint.client().close()  # misses a key now, and not behind all answers
+    return Preference(endpoint, out.with_suffix(".verdicts.jsonl"))
 
 
 def _likeness(tasks: Sequence[Task], similarity: bool) -> Likeness | None:
