@@ -271,10 +271,18 @@ def _watched(backbone: FastBackbone, rows: Rows) -> Iterator[None]:
 
 
 def _subtract(later: Multiplied, earlier: Multiplied, rows: Rows, *, exits: bool) -> None:
-    """Add what a call multiplied: a layer once, and a head once, or once at each exit of a run."""
+    """Add what a call multiplied: a layer once, and a head once, or once at each exit of a run.
+
+    An exit's block within a run is filled by some rows, and then run by others.
+    """
     for index, (now, then) in enumerate(zip(later, earlier, strict=True)):
+        whole = now["output"][0] - then["output"][0] if "output" in now else 0
         for kind, (count, calls) in now.items():
             more, looks = count - then[kind][0], calls - then[kind][1]
+            if exits and kind == "key" and more > whole:
+                rows.add(kind, index, whole)
+                rows.add(kind, index, more - whole)
+                continue
             passes = looks if exits and kind in ("head", "check") else min(looks, 1)
             for _ in range(passes):  # the same rows ask at each
                 rows.add(kind, index, more // passes)

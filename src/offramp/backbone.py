@@ -95,7 +95,8 @@ class Backbone(Protocol):
         """Run one or more of these segments of layers, as :meth:`run` would.
 
         It goes on past an exit, one between two segments, only where it is certain that the policy
-        would let no asking row leave; to :meth:`run` the first segment alone is always right.
+        would let no asking row leave; to :meth:`run` the first segment alone is always right. Who
+        looks at an exit with a block runs that, too, where all rows are to go.
         """
 
     def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:

@@ -75,6 +75,19 @@ class Span:
         return self.text.ids[self.start : self.stop]
 
 
+def divided(spans: Iterable[Span], rows: Sequence[int]) -> tuple[list[Span], list[Span]]:
+    """Return the spans of these rows, each the last row of its own span, and those of the rest."""
+    taken, rest, end = [], [], 0
+    for span in spans:
+        end += len(span)
+        last = end - 1 in rows
+        if last:
+            taken.append(Span(span.text, span.stop - 1, span.stop))
+        if len(span) > last:
+            rest.append(Span(span.text, span.start, span.stop - last))
+    return taken, rest
+
+
 @dataclass(frozen=True, slots=True)
 class Flow:
     """The rows now flowing through the layers.

@@ -85,8 +85,8 @@ class Exits:
         return At(readout, depth) if depth <= self._first else shared(self._backbone, readout)
 
     def own(self, asked: Sequence[int]) -> set[int]:
-        """Return where no run may go past unseen: blocks to fill, and own readouts to ask by."""
-        return {*self.blocks, *self._backbone.apart.intersection(asked)}
+        """Return where no run may go past: own readouts to ask by, and blocks where none asks."""
+        return {*self._backbone.apart.intersection(asked), *self.blocks.keys() - set(asked)}
 
     def deeper(self, depth: int) -> list[int]:
         """Return the layers of the blocks behind ``depth``."""

@@ -97,8 +97,9 @@ def step(
             asking = [i for i, one in enumerate(asks) if one]
             asked_at = policy.exits if asking else ()
             cuts = _cuts(path, stop, asked_at, exits.own(asked_at), flow)
-            bars = policy.bars if look is not None or exit_head is None else None
-            watch = Watch(bars, look, flow.last(asking), cuts[1:-1])
+            sees = exit_head if look is None else look
+            blocks = [exits.blocks.get(exit) for exit in cuts[1:-1]]
+            watch = Watch(policy.bars, sees, flow.last(asking), cuts[1:-1], blocks)
             ran = backbone.run_until(
                 [path[a:b] for a, b in pairwise(cuts)], flow.hidden, flow.spans, watch
             )
@@ -106,12 +107,14 @@ def step(
             flow = Flow(ran.hidden, flow.spans, flow.members)
             if stop not in policy.exits or stop == len(path):
                 continue
-            rows = exits.states(flow, stop, [int(one) for one in asks])
+            rows = ran.made
+            if rows is None:
+                rows = exits.states(flow, stop, [int(one) for one in asks])
             if not asking:
                 continue
             asked = flow.select(asking)
             reads = exits.reader(exit_head or backbone.readout, stop)
-            looks = None if look is None else exits.reader(look, stop)
+            looks = None if sees is None or sees is exit_head else exits.reader(sees, stop)
             probe = Probe(stop, len(path), rows, reads, previous=probe, look=looks)
             if ran.seen is not None:
                 probe.show(ran.seen)

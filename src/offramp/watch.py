@@ -42,6 +42,9 @@ class Watch:
     """The rows that ask, ascending."""
     exits: Sequence[int]
     """Depth of each exit between the segments."""
+    blocks: Sequence[int | None]
+    """The layer of the block that each of them owns: the rows that ask run through it, all others
+    fill its keys and values."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -55,3 +58,5 @@ class Ran:
     seen: Tensor | None = None
     """``[S, W]``: what the check saw of the asking rows at the exit where the run stopped, if the
     run looked."""
+    made: Tensor | None = None
+    """``[S, D]``: the asking rows behind the block of that exit, if the run went through it."""

@@ -267,7 +267,14 @@ def test_a_screened_exit_is_one_that_was_asked(
     monkeypatch.setattr("offramp.fast.backbone._WORTH_SHARING", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     backbone = open_fast(generic(family), form)
-    for policy, check in screens(backbone):
+    short = Shortlist(size=37)
+    ways = [(*screen, None) for screen in screens(backbone)]
+    ways += [  # what chooses is what is seen, or a gate sees no head
+        (policy, FULL_HEAD, short.choose(backbone, ()))
+        for policy, check, _ in ways
+        if check == short or isinstance(policy, Gate)
+    ]
+    for policy, check, head in ways:
         found, policies = [], (Asked(policy), Told(policy))
         for one in policies:
             recorder, before = Recorder(), backbone.meter.copy()
@@ -275,7 +282,9 @@ def test_a_screened_exit_is_one_that_was_asked(
             requests = [recorder.request(ids, 12) for ids in prompts]
             with counted(backbone):
                 look = check.look(backbone)
-                tokens = list(decode(backbone, requests, one, look=look, max_waiting=4))
+                tokens = list(
+                    decode(backbone, requests, one, look=look, exit_head=head, max_waiting=4)
+                )
             found.append((tokens, torch.cat(recorder.logits), backbone.meter - before))
         (expected, logits, work), (actual, same, again) = found
         assert len({token.depth for token in expected}) >= 2

@@ -321,12 +321,15 @@ def stepped(
     return [text.ids for text in texts], depths, logits, backbone.meter - before
 
 
-@pytest.mark.parametrize("apart", [{}, {4: 1}, {2: 5}, {4: 5}], ids=str)
+@pytest.mark.parametrize("apart", [{}, {4: 1}, {2: 5}, {1: 2, 4: 5}], ids=str)
 @pytest.mark.parametrize("kv", ["exact", "copy"])
-def test_a_screened_exit_between_owned_ones_is_one_that_was_asked(
-    apart: dict[int, int], kv: KV
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_screened_exit_that_owns_a_block_is_one_that_was_asked(
+    apart: dict[int, int], kv: KV, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit the same, where exit 3 owns a block and another a map or a head; fewer asked."""
+    """Bit for bit the same, where exit 3 owns a block and others a block, a map or a head."""
+    monkeypatch.setattr("offramp.fast.backbone._WORTH_SHARING", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     each = one_of_each("llama")
     owned = {3: each[4], **{depth: each[which] for depth, which in apart.items()}}
     backbone, met = with_readouts("fast:llama", owned), set()

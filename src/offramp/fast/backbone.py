@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from offramp.backbone import Shape, from_layer
-from offramp.batch import Span
+from offramp.batch import Span, divided
 from offramp.fast.build import kernels, version
 from offramp.fast.exits import Screen, known
 from offramp.fast.heads import CheapHead, Heads
@@ -113,14 +113,35 @@ class FastBackbone:
         screen = self._screen(watch.bars, watch.look) if several else None
         if screen is None:
             return self._run(segments[:1], hidden, spans, None)
-        ran = self._run(segments, hidden, spans, screen.point(watch))
+        struct = screen.point(watch, hidden.shape)
+        blocks = [layer for layer in watch.blocks if layer is not None]
+        if blocks:
+            self._reserve(blocks, spans)
+            asks, rest = divided(spans, watch.rows)
+            struct.asks, struct.rest = (ctypes.pointer(_rows(part)) for part in (asks, rest))
+        ran = self._run(segments, hidden, spans, struct)
         stopped = ran.segments < len(segments)
-        if screen.head is None:
+        looked = watch.blocks[: ran.segments - (not stopped)]
+        for layer in looked:
+            if layer is not None:
+                self._passed(layer, spans, asks, rest)
+            if screen.head is not None:
+                shared = screen.head is self._heads.shared
+                (self.meter.read if shared else self.meter.checked)(len(watch.rows))
+        if not stopped:
             return ran
-        count = self.meter.read if screen.head is self._heads.shared else self.meter.checked
-        for _ in range(ran.segments - (not stopped)):
-            count(len(watch.rows))
-        return Ran(ran.hidden, ran.segments, screen.seen.clone()) if stopped else ran
+        seen = None if screen.head is None else screen.seen.clone()
+        made = None if looked[-1] is None else screen.made[: len(watch.rows)].clone()
+        return Ran(ran.hidden, ran.segments, seen, made)
+
+    def _passed(
+        self, block: int, spans: Sequence[Span], asks: Sequence[Span], rest: Sequence[Span]
+    ) -> None:
+        """Note that an exit's block holds these rows, of which some ran through it."""
+        _appended((block,), spans)
+        self.meter.ran(1, asks)
+        if rest:
+            self.meter.filled(1, sum(map(len, rest)))
 
     def _screened(self, bars: Bars | None, look: Readout | None) -> Screen | None:
         """Return what tells the kernels of this policy and check, if they know both."""

@@ -80,13 +80,16 @@ enum Signal : int32_t { MAX_PROB, MARGIN, GATE };
 
 // What an exit within a run looks at, and which rows it is certain of: they stay.
 struct Watch {
-    Matrix *down, *head;    // as offramp_readout reads out; not for GATE
-    const float *bars;      // [exits]: a row below it stays
-    const float *gates;     // [exits, hidden + 1], for GATE: weights, bias
-    const int32_t *asking;  // [count]: rows of the run
-    float *seen;            // [count, outputs]: logits of the last exit looked at
-    float *scores;          // [count]
-    int32_t count, signal;
+    Matrix *down, *head;      // as offramp_readout reads out; not for GATE
+    const float *bars;        // [exits]: a row below it stays
+    const float *gates;       // [exits, hidden + 1], for GATE: weights, bias
+    const int32_t *blocks;    // [exits]: the layer that the exit owns, or -1
+    const int32_t *order;     // [rows]: the rows of the run, those that ask before the others
+    const Rows *asks, *rest;  // those that ask, and the others, in that order
+    float *made;              // [rows, hidden]: states behind the last exit's own layer
+    float *seen;              // [asks, outputs]: logits of the last exit looked at
+    float *scores;            // [asks]
+    int32_t signal;
 };
 
 int round_up(int value, int unit) { return (value + unit - 1) / unit * unit; }
@@ -1020,12 +1023,31 @@ void read_out(const Model &m, Matrix *down, Matrix &head, int n, State state, fl
     each_row(n, [&](int row) { scale_logits(m, logits + row * outputs, outputs); });
 }
 
+// Runs the rows that ask through the layer that an exit owns; the others leave their keys and values.
+void run_own(const Model &m, int index, const Watch &w, const float *hidden, const Buffers &b) {
+    const int asks = w.asks->count;
+    float *rest = w.made + int64_t(asks) * m.hidden;
+    auto copy = [&](int from, float *to) {
+        std::memcpy(to, hidden + int64_t(w.order[from]) * m.hidden, m.hidden * sizeof(float));
+    };
+    // Whoever copies a row is the thread whose row it is in what follows.
+    each_row(asks, [&](int i) { copy(i, w.made + int64_t(i) * m.hidden); });
+    each_row(w.rest->count, [&](int i) { copy(asks + i, rest + int64_t(i) * m.hidden); });
+    if (w.rest->count > 0) fill_layers(m, &index, 1, *w.rest, rest, b);
+    run_layer(m, index, *w.asks, w.made, b);
+}
+
 // Whether some asking row may leave at this exit; all threads agree.
 bool may_leave(const Model &m, const Watch &w, int exit, const float *hidden, const Buffers &b) {
-    auto state = [&](int row) { return hidden + int64_t(w.asking[row]) * m.hidden; };
+    const bool owns = w.blocks[exit] >= 0;
+    const int asks = w.asks->count;
+    auto state = [&](int row) {
+        return owns ? w.made + int64_t(row) * m.hidden : hidden + int64_t(w.order[row]) * m.hidden;
+    };
     b.barrier->wait();  // a row's state is another thread's
-    if (w.signal != GATE) read_out(m, w.down, *w.head, w.count, state, w.seen, b);
-    each_row(w.count, [&](int row) {
+    if (owns) run_own(m, w.blocks[exit], w, hidden, b);
+    if (w.signal != GATE) read_out(m, w.down, *w.head, asks, state, w.seen, b);
+    each_row(asks, [&](int row) {
         w.scores[row] =
             w.signal == GATE
                 ? opening(w.gates + int64_t(exit) * (m.hidden + 1), state(row), m.hidden)
@@ -1033,7 +1055,7 @@ bool may_leave(const Model &m, const Watch &w, int exit, const float *hidden, co
     });
     b.barrier->wait();
     // What is no number is not below: the policy shall see it.
-    return std::any_of(w.scores, w.scores + w.count,
+    return std::any_of(w.scores, w.scores + asks,
                        [&](float score) { return !(score < w.bars[exit]); });
 }
 

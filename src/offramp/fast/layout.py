@@ -82,7 +82,9 @@ class WatchStruct(ctypes.Structure):
     _fields_: ClassVar = [
         ("down", ctypes.POINTER(MatrixStruct)),
         ("head", ctypes.POINTER(MatrixStruct)),
-        *((name, _pointer) for name in ("bars", "gates", "asking", "seen", "scores")),
-        ("count", _int),
+        *((name, _pointer) for name in ("bars", "gates", "blocks", "order")),
+        ("asks", ctypes.POINTER(RowsStruct)),
+        ("rest", ctypes.POINTER(RowsStruct)),
+        *((name, _pointer) for name in ("made", "seen", "scores")),
         ("signal", _int),
     ]
