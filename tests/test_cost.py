@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -24,6 +25,7 @@ from offramp.cost import (
     fill_in_layers,
     flops,
     full_depth,
+    path_ratio,
     speculation_ratio,
     weight_bytes,
 )
@@ -34,6 +36,7 @@ from offramp.policy import Threshold
 from offramp.probe import Readout
 from offramp.request import Request, Token
 from offramp.speculate import Draft, speculate
+from offramp.step import KV
 from offramp.watch import Ran, Watch
 
 LAW = settings(max_examples=100, deadline=None)
@@ -96,7 +99,9 @@ class Counting:
         self.shape, self.meter, self.fingerprint = shape, Meter(), ""
         self.name, self.weights, self.build = "counting", "none", ""
         self.token, self.batched, self.ragged = token, batched, False
-        self.blocks: Mapping[int, int] = {}
+        self.blocks: Mapping[int, int] = {
+            depth: shape.num_layers + i for i, depth in enumerate(shape.blocks)
+        }
         self.apart = frozenset[int]()
 
     def open(self) -> object:
@@ -133,8 +138,8 @@ class Counting:
         return Ran(self.run(segments[0], hidden, spans))
 
     def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:
-        """Refuse: nothing here copies states."""
-        raise NotImplementedError
+        """Count: all rows share a pass."""
+        self.meter.filled(len(layers), len(hidden))
 
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
         """Count, and return logits of this depth's one token."""
@@ -419,6 +424,33 @@ def test_never_leaving_costs_what_is_predicted(shape: Shape, data: st.DataObject
     policy = Threshold("max_prob", tuple((depth, math.inf) for depth in exits))
     new = decode(backbone, [Request([0, 0], 9)], policy)
     assert expected == pytest.approx(reads_per_token(backbone, new, 8) / plain_reads(shape))
+
+
+@LAW
+@given(shapes, numbers, st.sampled_from(["exact", "copy"]), st.data())
+def test_a_block_costs_what_is_predicted(
+    shape: Shape, tokens: int, kv: KV, data: st.DataObject
+) -> None:
+    """A layer for a row that asks, keys and values for one that passes; drafts and sub-models."""
+    shape = replace(shape, num_layers=shape.num_layers + 1, fill_weights=shape.kv_weights)
+    first, depth = sorted(data.draw(st.permutations(range(1, shape.num_layers)))[:2])
+    shape, plain = replace(shape, blocks=frozenset({depth})), plain_reads(shape)
+    inf = math.inf
+    for bars, shares in (((inf, inf), [0, 0]), ((inf, 0.0), [0, 1]), ((0.0, inf), [1, 0])):
+        policy = Threshold("max_prob", ((first, bars[0]), (depth, bars[1])))
+        backbone = Counting(shape)
+        new = decode(backbone, [Request([0, 0], 9)], policy, kv=kv, max_waiting=9)
+        expected = exit_ratio(shape, [first, depth], shares, copy=kv == "copy")
+        assert expected == pytest.approx(reads_per_token(backbone, new, 8) / plain)
+    backbone = Counting(shape)
+    new = decode(backbone, [Request([0, 0], 9)], layers=range(depth))
+    expected = path_ratio(shape, depth, speaks_at=depth)
+    assert expected == pytest.approx(reads_per_token(backbone, new, 8) / plain)
+    backbone, count = Counting(shape), 2 * (tokens + 1)
+    draft = Draft(tuple(range(depth)), tokens)
+    new = speculate(backbone, [Request([0, 0], 1 + count)], draft)
+    expected = speculation_ratio(shape, depth, tokens, 1.0)
+    assert expected == pytest.approx(reads_per_token(backbone, new, count) / plain)
 
 
 @LAW

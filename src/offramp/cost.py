@@ -183,6 +183,13 @@ class Prices:
             return count * fill_in_layers(self.shape)
         return count * self.constants.fill_seconds(1)
 
+    def own(self, depth: int | None) -> float:
+        """Return the price of what the exit at ``depth`` owns for a row it reads out, no head."""
+        price = self.layers(1) if depth in self.shape.blocks else 0.0
+        if depth in self.shape.maps:
+            price += map_in_heads(self.shape) * self.head()
+        return price
+
     def step(self, depth: float) -> float:
         """Return the price of a step of ``depth`` layers beside its layers and heads."""
         if self.constants is None:
@@ -203,14 +210,16 @@ def path_ratio(
     context: int = _CONTEXT,
     *,
     head: float = 1.0,
+    speaks_at: int | None = None,
 ) -> float:
     """Return the predicted cost per token of a sub-model of ``depth`` layers against full depth.
 
     Time where constants are given, for one text of ``context`` tokens; else weights read. ``head``
-    is what its readout costs, the full one = 1.
+    is what its readout costs, the full one = 1; ``speaks_at`` the exit by whose readout it speaks.
     """
     price = Prices(shape, constants, context)
-    return (price.step(depth) + price.layers(depth) + head * price.head()) / price.full
+    layers = price.step(depth) + price.layers(depth) + price.own(speaks_at)
+    return (layers + head * price.head()) / price.full
 
 
 def exit_ratio(
@@ -228,8 +237,8 @@ def exit_ratio(
 
     Time where constants are given, for one text of ``context`` tokens; else weights read. Tokens
     that wait go through the deeper layers with the next one that gets there: no weights are read
-    for them, but the more rows take time. An exit's own block, a layer for every token that asks,
-    is not among the prices: there the prediction is too low.
+    for them, but the more rows take time. A block that an exit owns is a layer for every token that
+    asks, and keys and values for one that passes later.
 
     Args:
         shape: the model.
@@ -252,7 +261,9 @@ def exit_ratio(
         cost += passes * price.layers(stop - start, rows)
         run += passes * (stop - start)
         reads = 1.0 if stop == depth else check
-        cost += (going * reads + share * choose) * price.head()
+        cost += (going * reads + share * choose) * price.head() + going * price.own(stop)
+        if stop in shape.blocks:
+            cost += min(1 - going, 1.0 if copy else passes) * price.fill(1)
         if copy:
             cost += share * price.fill(depth - stop)
         going, start = going - share, stop
@@ -281,10 +292,12 @@ def speculation_ratio(
     price = Prices(shape, constants, context)
     written = sum(agreement**i for i in range(tokens + 1))
     every = shape.num_layers  # drafts and confirmations take turns: the cache sees all layers
-    draft = price.step(every) + price.layers(depth) + head * price.head()
     # The last drafted token has not run the draft's layers yet, so the confirming step runs them.
     common = depth if shared is None else shared
-    confirm = price.step(every) + price.layers(common) + price.head(tokens + 1)
+    speaks = price.own(depth) if common == depth else 0.0
+    draft = price.step(every) + price.layers(depth) + speaks + head * price.head()
+    passed = price.fill(1) if common == depth and depth in shape.blocks else 0.0
+    confirm = price.step(every) + price.layers(common) + passed + price.head(tokens + 1)
     confirm += price.layers(shape.num_layers - common, tokens + 1)
     return (tokens * draft + confirm) / (written * price.full)
 

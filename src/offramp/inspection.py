@@ -156,8 +156,9 @@ def at_best(run: Run, shape: Shape, constants: Constants) -> float:
         case Full():
             return 1.0
         case Path():
-            head = in_heads(run.head, shape)
-            return path_ratio(shape, len(run.layers), constants, head=head)
+            head, depth = in_heads(run.head, shape), len(run.layers)
+            speaks = depth if run.layers == tuple(range(depth)) else None
+            return path_ratio(shape, depth, constants, head=head, speaks_at=speaks)
         case Exit():
             exits = run.policy.exits
             shares = [1.0] + [0.0] * (len(exits) - 1)
@@ -169,8 +170,8 @@ def at_best(run: Run, shape: Shape, constants: Constants) -> float:
                 choose=choose,
             )
         case Skip():  # a token may skip all but the layers without a gate
-            depth = shape.num_layers - len(run.weights.weights)
-            return path_ratio(shape, max(depth, 1), constants)
+            left = shape.num_layers - len(run.weights.weights)
+            return path_ratio(shape, max(left, 1), constants)
         case Speculate():
             head = in_heads(run.head, shape)
             return min(

@@ -98,7 +98,7 @@ def step(
             asked_at = policy.exits if asking else ()
             cuts = _cuts(path, stop, asked_at, exits.own(asked_at), flow)
             sees = exit_head if look is None else look
-            blocks = [exits.blocks.get(exit) for exit in cuts[1:-1]]
+            blocks = [exits.blocks.get(depth) for depth in cuts[1:-1]]
             watch = Watch(policy.bars, sees, flow.last(asking), cuts[1:-1], blocks)
             ran = backbone.run_until(
                 [path[a:b] for a, b in pairwise(cuts)], flow.hidden, flow.spans, watch

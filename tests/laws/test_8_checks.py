@@ -24,7 +24,7 @@ from offramp.hf.open import open_model
 from offramp.meter import Meter
 from offramp.plan import Plan, execute
 from offramp.policy import FULL, Policy, Threshold, fixed
-from offramp.probe import Probe
+from offramp.probe import Probe, Readout
 from offramp.request import Request, Token
 from offramp.runs import Exit, Path
 from offramp.sample import Sampling
@@ -268,6 +268,7 @@ def test_a_screened_exit_is_one_that_was_asked(
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     backbone = open_fast(generic(family), form)
     short = Shortlist(size=37)
+    ways: list[tuple[Policy, Check, Readout | None]]
     ways = [(*screen, None) for screen in screens(backbone)]
     ways += [  # what chooses is what is seen, or a gate sees no head
         (policy, FULL_HEAD, short.choose(backbone, ()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -77,6 +78,7 @@ class FastBackbone:
         self.own = own
         self.blocks: Mapping[int, int] = own.blocks
         self.apart = own.apart
+        self.shape = replace(self.shape, blocks=frozenset(own.blocks), maps=frozenset(own.maps))
         self._heads.give(own.heads)
 
     def open(self) -> Slot:

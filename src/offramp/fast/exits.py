@@ -78,9 +78,12 @@ class Screen:
         width = 0 if self.head is None else self.head.head.outputs
         self.seen, self.made = torch.empty(len(rows), width), torch.empty(shape)
         order = [*rows, *sorted({*range(shape[0])} - {*rows})]
-        self._kept = (ctypes.c_int32 * len(order))(*order), (ctypes.c_float * len(rows))()
-        for name, kept in zip(("order", "scores"), self._kept, strict=True):
-            setattr(self._struct, name, ctypes.addressof(kept))
+        self._order, self._scores = (
+            (ctypes.c_int32 * len(order))(*order),
+            (ctypes.c_float * len(rows))(),
+        )
+        self._struct.order = ctypes.addressof(self._order)
+        self._struct.scores = ctypes.addressof(self._scores)
         self._struct.seen, self._struct.made = self.seen.data_ptr(), self.made.data_ptr()
         self._struct.asks = ctypes.pointer(RowsStruct(count=len(rows)))
         self._rows = rows, shape

@@ -10,7 +10,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -74,6 +74,7 @@ class HFBackbone:
         self.own = own
         self.blocks: Mapping[int, int] = own.blocks
         self.apart = own.apart
+        self.shape = replace(self.shape, blocks=frozenset(own.blocks), maps=frozenset(own.maps))
 
     def open(self) -> Slot:
         """Return empty stores, one per layer, blocks last."""
