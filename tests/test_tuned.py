@@ -66,6 +66,19 @@ def test_every_form_opens_with_its_card(
     assert offramp.load(str(checkpoint), backbone="hf").card is None
 
 
+def test_what_other_programs_open_is_the_same_model_at_full_depth(
+    folders: dict[str, Path], checkpoint: Path
+) -> None:
+    """A checkpoint itself, the base of readouts; nothing of an adapter, which changes its base."""
+    assert tuned.at_full_depth(None) is tuned.at_full_depth("default-exits") is None
+    for form in ("checkpoint", "readouts"):
+        whole = tuned.at_full_depth(str(folders[form]))
+        expected = said(tuned.load_tuned(str(folders[form])).model)
+        assert torch.equal(said(load_checkpoint(whole)[0]), expected)
+    with pytest.raises(OfframpError, match="offramp export"):
+        tuned.at_full_depth(str(folders["adapter"]))
+
+
 def test_every_verb_takes_an_adapter(
     shell: Shell, folders: dict[str, Path], checkpoint: Path
 ) -> None:

@@ -40,9 +40,9 @@ class Shape:
     """The vocabulary head may be held more precisely than the layers."""
     map_bytes_per_weight: float = 4.0
     """Of the affine maps that exits own."""
-    blocks: frozenset[int] = frozenset()
+    blocks: tuple[int, ...] = ()
     """Exits that own a decoder block: a layer more for every row that asks there."""
-    maps: frozenset[int] = frozenset()
+    maps: tuple[int, ...] = ()
     """Exits that own an affine map."""
 
 

@@ -18,7 +18,7 @@ import torch
 from offramp.bench.race import Case, Contestant, Sample, absent
 from offramp.errors import OfframpError, UsageError
 from offramp.hf.load import locate
-from offramp.hf.tuned import is_whole
+from offramp.hf.tuned import at_full_depth
 
 OURS = ("hf", "hf-early-exit")
 """Engines that run in this environment."""
@@ -98,20 +98,18 @@ class Worker:
         self._process.communicate()
 
 
-def able(names: Sequence[str] | None, model: str | None) -> Sequence[str] | None:
-    """Return the engines to try, None for all: none but ours opens an adapter or readouts.
+def able(names: Sequence[str] | None, model: str | None) -> tuple[Sequence[str] | None, str | None]:
+    """Return the engines to try, None for all, and what they open: the model at full depth.
 
     Raises:
-        UsageError: engines are named, and the model is no whole checkpoint.
+        UsageError: engines are named, and none but ours opens the model's adapter.
     """
-    if is_whole(model):
-        return names
-    if names:
-        raise UsageError(
-            f"--against: other engines open whole checkpoints, and {model} is put on a base model; "
-            "make one with offramp export and all its layers"
-        )
-    return []
+    try:
+        return names, at_full_depth(model)
+    except UsageError:
+        if names:
+            raise
+        return [], None
 
 
 def opening_order(

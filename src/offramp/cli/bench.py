@@ -110,7 +110,7 @@ def bench(
     from offramp.model import load
 
     torch.set_num_threads(threads or torch.get_num_threads())
-    names = able(asked and [name for name in asked if name != "none"], model)
+    names, whole = able(asked and [name for name in asked if name != "none"], model)
     loaded = load(model, backbone="hf", trust_remote_code=trust_remote_code)
     own.check(loaded, plans, max(sizes[0]) + tokens)
     cases = [own.make_case(loaded.tokenizer, b, c, tokens) for c, b in product(*sizes)]
@@ -118,7 +118,7 @@ def bench(
         one for kind, form in held for one in own.own_contestants(loaded, model, kind, form, plans)
     ]
     with ExitStack() as stack:
-        order = opening_order(model, max(sizes[0]) + tokens, draft, trust_remote_code)
+        order = opening_order(whole, max(sizes[0]) + tokens, draft, trust_remote_code)
         others, versions = peer_contestants(names, python, order, stack)
         races = _compete([*contestants, *others], cases, rounds)
     timed = [row for run in races for row in rows(run)]

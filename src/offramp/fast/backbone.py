@@ -78,7 +78,7 @@ class FastBackbone:
         self.own = own
         self.blocks: Mapping[int, int] = own.blocks
         self.apart = own.apart
-        self.shape = replace(self.shape, blocks=frozenset(own.blocks), maps=frozenset(own.maps))
+        self.shape = replace(self.shape, blocks=tuple(own.blocks), maps=tuple(own.maps))
         self._heads.give(own.heads)
 
     def open(self) -> Slot:

@@ -74,7 +74,7 @@ class HFBackbone:
         self.own = own
         self.blocks: Mapping[int, int] = own.blocks
         self.apart = own.apart
-        self.shape = replace(self.shape, blocks=frozenset(own.blocks), maps=frozenset(own.maps))
+        self.shape = replace(self.shape, blocks=tuple(own.blocks), maps=tuple(own.maps))
 
     def open(self) -> Slot:
         """Return empty stores, one per layer, blocks last."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from offramp import shipped
 from offramp.card import CARD, GATES, READOUTS, Card, read_card
-from offramp.errors import OfframpError
+from offramp.errors import OfframpError, UsageError
 from offramp.hf.backbone import fingerprint
 from offramp.hf.load import DEFAULT_MODEL, Weights, load_checkpoint, quiet, read_tokenizer
 from offramp.hf.lora import ADAPTER_CONFIG, base_of, merged
@@ -83,6 +83,24 @@ def is_whole(name: str | None) -> bool:
         return True
     parts = {file.name for file in Path(name).iterdir()}
     return ADAPTER_CONFIG not in parts and ("config.json" in parts or CARD not in parts)
+
+
+def at_full_depth(name: str | None) -> str | None:
+    """Return the whole checkpoint that is this model at full depth: readouts leave their base be.
+
+    Raises:
+        UsageError: an adapter changes the base, or the base cannot be told.
+    """
+    if is_whole(name):
+        return name
+    folder = shipped.folder(name) or Path(str(name))
+    card = read_card(folder)
+    if card is None or (folder / ADAPTER_CONFIG).is_file():
+        raise UsageError(
+            f"{name} is an adapter on a base model, and other programs open whole checkpoints; "
+            "make one with offramp export and all its layers"
+        )
+    return None if card.base.name == DEFAULT_MODEL else card.base.name
 
 
 def _over_base(
