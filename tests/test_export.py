@@ -18,6 +18,7 @@ from offramp.hf import export as exporting
 from offramp.hf.export import export
 from offramp.hf.load import load_checkpoint, quiet
 from offramp.hf.tuned import load_tuned
+from offramp.plan import write_plan
 from offramp.step import step
 from tests.conftest import byte_tokenizer, save_tiny
 from tests.test_cli import Shell, shell
@@ -38,18 +39,21 @@ def plain(folder: Path) -> Any:
     return model.eval()
 
 
+@pytest.mark.parametrize("layers", [(0, 1, 2), (0, 3, 5)], ids=str)
 @pytest.mark.parametrize("family", [*TEN, "gemma3_text"])
-def test_an_exported_depth_is_the_exit(tmp_path: Path, family: str) -> None:
+def test_an_exported_path_is_the_sub_model(
+    tmp_path: Path, family: str, layers: tuple[int, ...]
+) -> None:
     """To the last bit in fp32; drafting for the full model, it leaves the greedy text as it is."""
     backbone, out = generic(family), tmp_path / "out"
-    made = export(backbone, byte_tokenizer(), DEPTH, out)
+    made = export(backbone, byte_tokenizer(), layers, out)
     small, ids = plain(out), IDS[0].tolist()
-    assert small.config.get_text_config().num_hidden_layers == made.depth == DEPTH
+    assert small.config.get_text_config().num_hidden_layers == len(made.layers) == DEPTH
     assert made.parameters == sum(p.numel() for p in small.parameters())
     assert made.bytes == (out / "model.safetensors").stat().st_size
     text = Text(ids, backbone.open())
-    exit_ = step(backbone, [text], layers=range(DEPTH), tails=[len(ids)]).logits
-    assert torch.equal(said(small)[0], exit_)
+    expected = step(backbone, [text], layers=layers, tails=[len(ids)]).logits
+    assert torch.equal(said(small)[0], expected)
 
     mask = torch.ones_like(IDS)
     options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask}
@@ -77,13 +81,31 @@ def test_the_command_says_what_it_wrote(shell: Shell, checkpoint: Path, tmp_path
     assert answer.outputs[0].token_ids == early.outputs[0].token_ids
 
 
+def test_the_command_takes_the_path_of_a_plan(
+    shell: Shell, checkpoint: Path, tmp_path: Path
+) -> None:
+    """As search writes it; it answers as the plan does. Other plans are no models."""
+    plan = offramp.Plan(run=offramp.Path(layers=(0, 2, 5)))
+    write_plan(tmp_path / "path.json", plan)
+    run = ("export", checkpoint, "--plan", tmp_path / "path.json", "--out", tmp_path / "out")
+    shell.refused(2, "give --depth N or --plan FILE", *run, "--depth", 3)
+    shell.refused(2, "give --depth N or --plan FILE", "export", checkpoint, *run[-2:])
+    assert shell.json(*run)["layers"] == [0, 2, 5]
+    small = offramp.load(str(tmp_path / "out"), backbone="hf").generate("hi", max_new_tokens=8)
+    own = offramp.load(str(checkpoint), backbone="hf").generate("hi", plan=plan, max_new_tokens=8)
+    assert small.outputs[0].token_ids == own.outputs[0].token_ids
+    write_plan(tmp_path / "path.json", offramp.Plan())
+    shell.refused(2, "only a path is a model", *run[:-1], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_generation_settings_go_along(tmp_path: Path) -> None:
     """Those of the model, not those that its configuration would give."""
     backbone = generic("llama")
     usual = backbone.model.generation_config
     try:
         backbone.model.generation_config = GenerationConfig(repetition_penalty=1.3, eos_token_id=7)
-        export(backbone, byte_tokenizer(), DEPTH, tmp_path / "out")
+        export(backbone, byte_tokenizer(), range(DEPTH), tmp_path / "out")
     finally:
         backbone.model.generation_config = usual
     kept = plain(tmp_path / "out").generation_config
@@ -147,16 +169,16 @@ def test_what_is_not_the_exit_is_not_put_in_place(
         return small
 
     monkeypatch.setattr(exporting, "_cut", spoilt)
-    with pytest.raises(UnsupportedModelError, match="cut to 3 layers is not the exit"):
-        export(backbone, byte_tokenizer(), DEPTH, tmp_path / "out")
+    with pytest.raises(UnsupportedModelError, match="cut to 3 layers does not say"):
+        export(backbone, byte_tokenizer(), range(DEPTH), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_family_that_depends_on_its_depth_is_refused(tmp_path: Path) -> None:
     """MiniCPM3 scales its layers by their number; the last layer of this NeoX has a bias more."""
     for family in ("minicpm3", "gpt_neox_japanese"):
-        with pytest.raises(UnsupportedModelError, match="cut to 3 layers is "):
-            export(generic(family), byte_tokenizer(), DEPTH, tmp_path / family)
+        with pytest.raises(UnsupportedModelError, match="cut to 3 layers "):
+            export(generic(family), byte_tokenizer(), range(DEPTH), tmp_path / family)
     assert not list(tmp_path.iterdir())
 
 
@@ -193,6 +215,9 @@ def test_an_exit_with_a_readout_of_its_own_is_refused(
     write_card(folder, card.model_copy(update={"readouts": {DEPTH: kind}}))
     backbone, card = generic("llama"), read_card(folder)
     with pytest.raises(UnsupportedModelError, match=f"exit 3 is read out by a {kind}"):
-        export(backbone, byte_tokenizer(), DEPTH, tmp_path / "out", card=card)
+        export(backbone, byte_tokenizer(), range(DEPTH), tmp_path / "out", card=card)
     assert not (tmp_path / "out").exists()
-    assert export(backbone, byte_tokenizer(), 2, tmp_path / "out", card=card).depth == 2
+    assert export(backbone, byte_tokenizer(), range(2), tmp_path / "out", card=card).layers == (
+        0,
+        1,
+    )

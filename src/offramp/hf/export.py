@@ -1,7 +1,8 @@
-"""Writes the first layers of a model as an ordinary checkpoint that loads with nothing of ours."""
+"""Writes some layers of a model as an ordinary checkpoint that loads with nothing of ours."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,11 @@ from offramp.files import write_folder
 from offramp.hf.backbone import HFBackbone
 from offramp.hf.check import probe_ids
 from offramp.hf.load import line, load_checkpoint, quiet
-from offramp.paths import prefix
+from offramp.paths import check_path
 from offramp.step import step
 
 _TOLERANCE = {torch.float32: 1e-5}
-"""Largest difference from the exit's logits, as a share of the largest; half precisions: 2e-2.
+"""Largest difference from the sub-model's logits, as a share of the largest; half precisions: 2e-2.
 
 On one machine they are the same to the last bit, as the tests hold; kernels may depend on where in
 memory a weight lies.
@@ -33,7 +34,7 @@ memory a weight lies.
 class Exported:
     """What was written."""
 
-    depth: int
+    layers: tuple[int, ...]
     num_layers: int
     parameters: int
     bytes: int
@@ -43,38 +44,39 @@ class Exported:
 def export(
     backbone: HFBackbone,
     tokenizer: Any,
-    depth: int,
+    layers: Sequence[int],
     folder: Path,
     *,
     card: Card | None = None,
     trust_remote_code: bool = False,
 ) -> Exported:
-    """Write the sub-model of the first ``depth`` layers, read back and compared before it counts.
+    """Write the sub-model of these layers, read back and compared before it counts.
 
-    It holds the first layers, embedding, norm, head, tokenizer and generation settings, in the
+    It holds the layers, embedding, norm, head, tokenizer and generation settings, in the
     model's own precision. The folder is whole or not there.
 
     Args:
         backbone: the model, opened; not changed.
         tokenizer: its tokenizer.
-        depth: layers to keep.
+        layers: the path to keep, ascending; the first ones are an exit (Sorted LLaMA), others what
+            a search found (*Dynamic layer selection*).
         folder: where to write; not there yet, or empty.
         card: how the model was tuned, if it was.
         trust_remote_code: run modelling code that came with the checkpoint, to compare.
 
     Raises:
-        UsageError: depth outside 1 to L, or something is in the folder.
-        UnsupportedModelError: the cut model is not the model's exit at this depth.
+        UsageError: the model has no such path, or something is in the folder.
+        UnsupportedModelError: the cut model does not say what the model says by this path.
         OfframpError: it cannot be written.
     """
-    prefix(depth, backbone.shape.num_layers)
-    _must_be_plain(card, depth, backbone.shape.num_layers)
+    check_path(layers, backbone.shape.num_layers)
+    _must_be_plain(card, layers, backbone.shape.num_layers)
     ids = probe_ids(backbone.shape.vocab_size)
     text = Text(list(ids), backbone.open())
-    expected = step(backbone, [text], layers=prefix(depth, depth), tails=[len(ids)]).logits
-    name = f"{type(backbone.model).__name__} cut to {depth} layers"
+    expected = step(backbone, [text], layers=layers, tails=[len(ids)]).logits
+    name = f"{type(backbone.model).__name__} cut to {len(layers)} layers"
     try:
-        small = _cut(backbone, depth)
+        small = _cut(backbone, layers)
     except Exception as error:  # a configuration may hold to its old number of layers in any way
         raise UnsupportedModelError(f"{name} is no model: {line(error)}") from error
 
@@ -88,40 +90,46 @@ def export(
 
     write_folder(folder, write)
     return Exported(
-        depth,
+        tuple(layers),
         backbone.shape.num_layers,
         sum(p.numel() for p in small.parameters()),
         sum(file.stat().st_size for file in folder.glob("*.safetensors")),
     )
 
 
-def _must_be_plain(card: Card | None, depth: int, num_layers: int) -> None:
+def _must_be_plain(card: Card | None, layers: Sequence[int], num_layers: int) -> None:
     """Refuse an exit that is read out by something an ordinary checkpoint has no place for."""
+    depth = len(layers)
     kind = "shared" if card is None else card.readouts.get(depth, "shared")
-    if kind != "shared" and depth < num_layers:
+    if kind != "shared" and depth < num_layers and layers[-1] == depth - 1:
         raise UnsupportedModelError(
             f"exit {depth} is read out by a {kind} of its own, which an ordinary checkpoint of "
             f"{depth} layers has no place for; export another depth"
         )
 
 
-def _cut(backbone: HFBackbone, depth: int) -> PreTrainedModel:
-    """Return a model of the first layers that shares this one's weights; it can only be saved."""
-    model, layers = backbone.model, backbone.adapter.layers
+def _cut(backbone: HFBackbone, layers: Sequence[int]) -> PreTrainedModel:
+    """Return a model of these layers that shares this one's weights; it can only be saved."""
+    model, whole = backbone.model, backbone.adapter.layers
     with quiet(), torch.device("meta"):
-        small: PreTrainedModel = type(model)(_cut_config(model.config, depth))
-    place = next(name for name, module in model.named_modules() if module is layers)
-    dropped = tuple(f"{place}.{index}." for index in range(depth, len(layers)))
-    weights = model.state_dict().items()
-    kept = {key: value for key, value in weights if not key.startswith(dropped)}
+        small: PreTrainedModel = type(model)(_cut_config(model.config, layers))
+    place = next(name for name, module in model.named_modules() if module is whole)
+    kept = {}
+    for key, value in model.state_dict().items():
+        if not key.startswith(f"{place}."):
+            kept[key] = value
+            continue
+        index, _, rest = key.removeprefix(f"{place}.").partition(".")
+        if int(index) in layers:
+            kept[f"{place}.{layers.index(int(index))}.{rest}"] = value
     small.load_state_dict(kept, assign=True)  # strict: the cut configuration has just these weights
     small.tie_weights()
     small.generation_config = model.generation_config
     return small.eval()
 
 
-def _cut_config(config: Any, depth: int) -> Any:
-    """Return a configuration of the first layers, with what it says of each layer cut as well."""
+def _cut_config(config: Any, layers: Sequence[int]) -> Any:
+    """Return a configuration of these layers, with what it says of each layer cut as well."""
     inner, facts = config.get_text_config(decoder=True), config.to_dict()
     where = facts
     if inner is not config:
@@ -129,17 +137,18 @@ def _cut_config(config: Any, depth: int) -> Any:
         where = facts[part]
     for key, value in where.items():
         if key not in _NOT_LAYERS:
-            where[key] = _cut_fact(value, inner.num_hidden_layers, depth)
-    where[inner.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = depth
+            where[key] = _cut_fact(value, inner.num_hidden_layers, layers)
+    where[inner.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
     return type(config).from_dict(facts)
 
 
-def _cut_fact(value: Any, count: int, depth: int) -> Any:
-    """Return the entries of the first layers, of a list of all or a table by layer."""
+def _cut_fact(value: Any, count: int, layers: Sequence[int]) -> Any:
+    """Return the entries of these layers, of a list of all or a table by layer."""
     if isinstance(value, list) and len(value) == count:
-        return value[:depth]
+        return [value[layer] for layer in layers]
     if isinstance(value, dict) and value and all(str(key).isdecimal() for key in value):
-        return {key: entry for key, entry in value.items() if int(key) < depth}
+        kept = {key: layers.index(int(key)) for key in value if int(key) in layers}
+        return {type(key)(place): value[key] for key, place in kept.items()}
     return value
 
 
@@ -171,6 +180,6 @@ def _must_agree(logits: Tensor, expected: Tensor, name: str) -> None:
     off = (logits - expected).abs().max().item()
     if logits.dtype != expected.dtype or not off <= bound:  # also catches NaN
         raise UnsupportedModelError(
-            f"{name} is not the exit at that depth (off by {off:.2g} where {bound:.2g} is "
-            "allowed): something in it depends on the number of layers"
+            f"{name} does not say what the model says by them (off by {off:.2g} where "
+            f"{bound:.2g} is allowed): something in it depends on the number of layers"
         )
