@@ -78,10 +78,8 @@ class Screen:
         width = 0 if self.head is None else self.head.head.outputs
         self.seen, self.made = torch.empty(len(rows), width), torch.empty(shape)
         order = [*rows, *sorted({*range(shape[0])} - {*rows})]
-        self._order, self._scores = (
-            (ctypes.c_int32 * len(order))(*order),
-            (ctypes.c_float * len(rows))(),
-        )
+        self._order = (ctypes.c_int32 * len(order))(*order)
+        self._scores = (ctypes.c_float * len(rows))()
         self._struct.order = ctypes.addressof(self._order)
         self._struct.scores = ctypes.addressof(self._scores)
         self._struct.seen, self._struct.made = self.seen.data_ptr(), self.made.data_ptr()
