@@ -94,14 +94,14 @@ def skip_exit(record: dict[str, Any]) -> str:
 def control(record: dict[str, Any]) -> str:
     """Return what controlled speculation takes of plain decoding."""
     lines = [
-        "| text | contestant | time to plain (quartiles) | drafted | right |",
-        "|---|---|---:|---:|---:|",
+        "| text | contestant | time to plain (95%) | quartiles | drafted | right |",
+        "|---|---|---:|---:|---:|---:|",
     ]
     for row in record["rows"]:
-        low, high = row["time_ratio_quartiles"]
+        (low, high), (first, third) = row["time_ratio_interval"], row["time_ratio_quartiles"]
         lines.append(
-            f"| {row['text']} | {row['name']} | {row['time_ratio']:.3f} ({low:.3f}-{high:.3f}) "
-            f"| {row['drafted']} | {row['accepted']} |"
+            f"| {row['text']} | {row['name']} | {row['time_ratio']:.3f} ({low:.3f} to {high:.3f}) "
+            f"| {first:.3f}-{third:.3f} | {row['drafted']} | {row['accepted']} |"
         )
     machine = record["machine"]
     return "\n".join(lines) + (

@@ -5,9 +5,10 @@ r"""Do certificates hold on a real trace? Counts violations for every risk and b
     PYTHONPATH=. python experiments/certificates.py stories --trace stories.safetensors \
         --out results/certificates_stories.json
 
-The model writes greedily, and one pass over that text is the trace: SmolLM2-135M on the 512
-shortest prompts, or the 260K-parameter story model on 640 first sentences. TRACE is where it is
-kept (with what it took, as JSON beside it); a second run begins with it. Then:
+The model writes greedily, and one pass over that text is the trace: the default model with the exit
+that is shipped, on the 512 shortest prompts, or the 260K-parameter story model on 640 first
+sentences. TRACE is where it is kept (with what it took, as JSON beside it); a second run begins
+with it. Then:
 
 * the 200 draws of ``offramp calibrate --verify``, for every risk and bound;
 * the same with broken bounds: the mean taken at its word, or less its standard error, and
@@ -74,14 +75,13 @@ class Subject:
 
 
 def smol(args: argparse.Namespace) -> Subject:
-    """Return the default model, untuned, with a shortlist for its checks."""
-    model = offramp.load(backbone="fast", weights="int4")
+    """Return the default model with the shipped exit, and two that were taught nothing."""
+    model = offramp.load("default-exits", backbone="fast", weights="int8")
     prompts = sorted(read_prompts(args.prompts), key=lambda prompt: len(str(prompt)))[:512]
-    ids = [encode(model.tokenizer, prompt, raw=True) for prompt in prompts]
     return Subject(
         model,
-        ids,
-        Way((24, 26, 28), check=Shortlist(size=4096)),
+        [encode(model.tokenizer, prompt) for prompt in prompts],
+        Way((24, 27, 28), check=Shortlist(size=4096), head=Shortlist(size=4096)),
         {"disagreement": 0.1, "divergence": 0.4, "loss": 0.2, "error": 0.4},
     )
 
@@ -141,7 +141,8 @@ def recorded(subject: Subject, path: Path) -> tuple[Trace, Any]:
         full = Exit(signal="max_prob", thresholds={})
         texts = write(subject.model.backbone, asked, full, eos=subject.model.eos, batch_size=16)
         middle = time.perf_counter()
-        traced(subject.model, texts, subject.way.exits, check=subject.way.check).save(path)
+        way = subject.way
+        traced(subject.model, texts, way.exits, check=way.check, head=way.head).save(path)
         end = time.perf_counter()
         took = {"answers_seconds": middle - start, "pass_seconds": end - middle}
         write_text(kept, json.dumps(took) + "\n")
@@ -227,7 +228,7 @@ def main() -> None:
     subject = smol(args) if args.subject == "smol" else stories(args)
     model, way = subject.model, subject.way
     trace, took = recorded(subject, args.trace)
-    price = pricing(model.backbone.shape, way.check, trace, None)
+    price = pricing(model.backbone.shape, way.check, trace, None, way.head)
     found, one = certified(trace, way, price)
     worth = [candidates(trace, way, risk, price)[1] for risk in subject.alphas]
     replays = replay_settings(trace, way, torch.cat(worth).unique(dim=0))
@@ -237,11 +238,12 @@ def main() -> None:
         "backbone": model.backbone.name,
         "weights": model.backbone.weights,
         **environment(),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": "python experiments/certificates.py " + shlex.join(map(_shown, sys.argv[1:])),
         "sequences": len(trace.rows),
         "tokens": len(trace.chosen),
         "exits": way.exits,
         "check": str(way.check),
+        "head": str(way.head),
         "agreement": dict(zip(map(str, trace.exits), agreement, strict=True)),
         **took,
         "calibration": one,
@@ -250,6 +252,11 @@ def main() -> None:
         "rows": rows(replays, subject.alphas, price, args.repeats),
     }
     finish(record, as_json=False, out=args.out)
+
+
+def _shown(word: str) -> str:
+    """Return an argument without the folder that its file lies in."""
+    return Path(word).name if "/" in word else word
 
 
 if __name__ == "__main__":

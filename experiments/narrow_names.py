@@ -1,11 +1,12 @@
-"""Gives a model's own answers other names, so that what is taught is copying, not remembering.
+"""Gives answers other names, so that what is taught is copying, not remembering.
 
-    python experiments/narrow_names.py runs/e2e-lite --prompts e2e/prompts.jsonl --out named.jsonl
+    python experiments/narrow_names.py runs/e2e-lite --prompts e2e/prompts.jsonl \
+        --rows e2e/train.jsonl --out named.jsonl
 
-Reads the answers that `offramp tune --answers` kept in a folder. Wherever a name, or the place it
-is near, stands in the answer as it stands in the prompt, both become an invented one: half of them
-words put together, half syllables that no vocabulary has whole. Answers that do not repeat the
-name are left out.
+Reads the answers that `offramp tune --answers` kept in a folder, and rows that people wrote, one
+copy of each. Wherever a name, or the place it is near, stands in the answer as it stands in the
+prompt, both become an invented one: half of them words put together, half syllables that no
+vocabulary has whole. Answers that do not repeat the name are left out. The rows are shuffled.
 """
 
 from __future__ import annotations
@@ -33,25 +34,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="a tuned model with answers beside it")
     parser.add_argument("--prompts", type=Path, required=True, help="what was asked")
-    parser.add_argument("--copies", type=int, default=2, help="of each answer")
+    parser.add_argument("--copies", type=int, default=2, help="of each of the model's answers")
+    parser.add_argument("--rows", type=Path, help="rows of prompt and completion, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    tokenizer = load_tuned(options.folder).tokenizer
-    prompts = [row["prompt"] for row in read_rows(options.prompts)]
-    lines = (Path(options.folder) / ANSWERS).read_text(encoding="utf-8").splitlines()[1:]
+    pairs = options.copies * own_answers(Path(options.folder), options.prompts)
+    if options.rows:
+        pairs += [(row["prompt"], row["completion"]) for row in read_rows(options.rows)]
     drawn = random.Random(options.seed)
+    drawn.shuffle(pairs)
     names = invented_names()
-    rows = []
-    for line in lines:
-        answer = json.loads(line)
-        said = tokenizer.decode(answer["ids"], skip_special_tokens=True)
-        for _ in range(options.copies):
-            row = _renamed(prompts[answer["prompt"]], said, names, drawn)
-            if row is not None:
-                rows.append(row)
+    renamed = (_renamed(prompt, answer, names, drawn) for prompt, answer in pairs)
+    rows = [row for row in renamed if row is not None]
     write_text(options.out, "".join(json.dumps(row) + "\n" for row in rows))
-    print(f"{options.out.name}: {len(rows)} rows of {len(lines)} answers")
+    print(f"{options.out.name}: {len(rows)} rows of {len(pairs)} answers")
+
+
+def own_answers(folder: Path, prompts: Path) -> list[tuple[str, str]]:
+    """Return what was asked and what the model of the folder answered."""
+    tokenizer = load_tuned(str(folder)).tokenizer
+    asked = [row["prompt"] for row in read_rows(prompts)]
+    lines = (folder / ANSWERS).read_text(encoding="utf-8").splitlines()[1:]
+    answers = map(json.loads, lines)
+    return [
+        (asked[answer["prompt"]], tokenizer.decode(answer["ids"], skip_special_tokens=True))
+        for answer in answers
+    ]
 
 
 def _renamed(

@@ -6,7 +6,7 @@ Costs are predicted seconds of this machine per token, full depth = 1, and count
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from offramp.policy import Policy
 from offramp.runs import Exit, Route, Run
 from offramp.runs import Path as SubModel
 from offramp.search.passes import opened
+from offramp.search.subsets import search
 from offramp.timing import Constants
 from offramp.trace import Trace, replay
 
@@ -42,6 +43,10 @@ CLASSIFIERS: tuple[Kind, ...] = ("svm", "logistic", "crf", "rule")
 LEVELS = 60
 """Thresholds tried for a score that has one for all exits."""
 RESAMPLES = 1000
+LEFT_OUT = (1, 2, 3)
+"""How many layers a sub-model lacks."""
+SEARCHED, JUDGED = 12, 40
+"""Texts that a search of layers is made on, and those that choose among its paths."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,8 @@ def found_by_text(judge: Judge) -> Iterator[Found]:
         yield Found("fixed depth", run, risks, depth, judge.by_layers(depth))
     else:
         yield Found("fixed depth", None, None, note="none of the exits keeps the risk")
-    yield _evenly(judge)
+    yield _evenly_skipped(judge)
+    yield _searched(judge)
     tables = [_table(judge, one) for one in (0, 1)]
     yield _routed(judge, *tables)
     target, draw = 1 - judge.alpha, torch.Generator().manual_seed(0)
@@ -262,26 +268,39 @@ def found_by_text(judge: Judge) -> Iterator[Found]:
         yield Found(name, None, risks, budget, judge.by_layers(budget), "cannot be run")
 
 
-def _evenly(judge: Judge) -> Found:
-    """Choose the fewest evenly spread layers that keep the risk (unified layer skipping)."""
-    name, last = "ULS", judge.trace.num_layers
-    backbone, texts = judge.model.backbone, judge.texts
-    if backbone.blocks:
-        return Found(name, None, None, note="not run: exits of this model own blocks")
-    with opened(backbone, texts[0::2][:40]) as passes:
-        for keep in range(last - 6, last):
-            path = unified_skip(keep, last)
-            seen_risk = 1 - passes.judge(path, passes.run(path, passes.inputs)).agreement
-            if seen_risk <= judge.alpha:
-                break
-        else:
-            return Found(
-                name, None, None, note=f"{last - 1} of {last} layers: risk {seen_risk:.2f}"
-            )
-    with opened(backbone, texts[1::2]) as passes:
-        agreed = passes.judge(path, passes.run(path, passes.inputs)).agreement
-    risks = torch.tensor([1 - agreed])
-    return Found(name, SubModel(layers=path), risks, len(path), judge.by_layers(len(path)))
+def _evenly_skipped(judge: Judge) -> Found:
+    """Leave out evenly spread layers (unified layer skipping), as many as the risk allows."""
+    last = judge.trace.num_layers
+    return _of_layers(judge, "ULS", [unified_skip(last - out, last) for out in LEFT_OUT])
+
+
+def _searched(judge: Judge) -> Found:
+    """Leave out the layers that are least missed, as many as the risk allows."""
+    backbone, last = judge.model.backbone, judge.trace.num_layers
+    steps = search(backbone, judge.texts[0::2][:SEARCHED], last - LEFT_OUT[-1], "loss")
+    return _of_layers(judge, "searched layers", [step.layers for step in steps[1:]])
+
+
+def _of_layers(judge: Judge, name: str, paths: Sequence[tuple[int, ...]]) -> Found:
+    """Take the shortest of these paths that keeps the risk; the longest comes first."""
+    chosen, judged = judge.texts[0::2][:JUDGED], judge.texts[1::2]
+    risks = [_wrong(judge, path, chosen).mean().item() for path in paths]
+    kept = [path for path, risk in zip(paths, risks, strict=True) if risk <= judge.alpha]
+    if not kept:
+        return Found(name, None, None, note=f"{len(paths[0])} layers risk {risks[0]:.2f}")
+    path = min(kept, key=len)
+    cost = path_ratio(judge.model.backbone.shape, len(path), judge.constants)
+    return Found(name, SubModel(layers=path), _wrong(judge, path, judged), len(path), cost)
+
+
+def _wrong(judge: Judge, path: Sequence[int], texts: Sequence[tuple[list[int], int]]) -> Tensor:
+    """Return ``[S]``: the share of each text's tokens on which a path is not the full model."""
+    shares = []
+    for text in texts:
+        with opened(judge.model.backbone, [text]) as passes:
+            agreed = passes.judge(path, passes.run(path, passes.inputs)).agreement
+        shares.append(1 - agreed)
+    return torch.tensor(shares)
 
 
 def _table(judge: Judge, half: int) -> ScoreTable:
