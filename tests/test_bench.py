@@ -126,6 +126,7 @@ ONE_EACH = Constants(
     head=((1, 1.0),),
     fill=((1, 1.0),),
     path=((1, 2.0), (6, 7.0)),
+    bare=((1, 1.0), (2, 2.0)),
     step=0.0,
 )
 """A second for each row of a layer or a head."""

@@ -137,6 +137,7 @@ def constants_of(work: Costs) -> Constants:
         head=head,
         fill=line(work.fill, 64),
         path=tuple((depth, depth * layer[0][1] + head[0][1]) for depth in depths),
+        bare=tuple((depth, depth * layer[0][1]) for depth in depths[:2]),
         step=work.step,
     )
 
@@ -196,6 +197,7 @@ def test_seconds_are_the_hand_arithmetic() -> None:
         head=((1, 7.0), (3, 9.0)),
         fill=((1, 3.0),),
         path=((1, 11.0), (3, 35.0)),
+        bare=((1, 4.0),),
         step=100.0,
     )
     work = Meter()
@@ -209,6 +211,27 @@ def test_seconds_are_the_hand_arithmetic() -> None:
     keys = 0.5 * (33 - 6) + 0.25 * (33 - 3)
     # Steps of 1.5 layers take 17 where layer and head apart take 22: the cache keeps 5 of each.
     assert seconds(work, known) == 2 * 12 + 7 + 16 + keys + 9 + 4 * 6 + 2 * (100 - 5)
+
+
+def test_a_short_head_keeps_more_in_the_cache() -> None:
+    """By the seconds of what is read, whatever it is: layers alone, and less than was ever timed."""
+    known = Constants(
+        layer=((1, 10.0),),
+        pair=0,
+        key=0,
+        head=((1, 40.0),),
+        fill=((1, 3.0),),
+        path=((1, 30.0), (3, 70.0)),
+        bare=((1, 2.0), (2, 8.0)),
+        step=0,
+    )
+    assert known.kept_seconds(3) == 70 - 70
+    assert known.kept_seconds(1) == 30 - 50
+    assert known.kept_seconds(2, heads=0) == 8 - 20
+    assert known.kept_seconds(1, heads=0.25) == 8 - 20  # as much is read as of two layers
+    assert known.kept_seconds(1.5, heads=0) == 5 - 15
+    assert known.kept_seconds(0.5, heads=0) == 1 - 5
+    assert known.kept_seconds(7) == 110 - 110
 
 
 tables = st.dictionaries(st.integers(1, 99), st.floats(1e-6, 1), min_size=1, max_size=9).map(
@@ -266,9 +289,10 @@ def test_a_slow_backbone_gets_few_looks(scale: float) -> None:
     backbone = Clockwork(Costs(layer=(0.1 * scale, 0.01 * scale), head=(0.2 * scale, 0.0)))
     found = measure(backbone, clock=backbone.clock)
     assert [rows for rows, _ in found.layer] == [1, 4, 16]
-    # Two steps, three numbers of rows, and the long text; paths of 1 to 5 layers, each four times.
+    # Two steps, three numbers of rows, and the long text; paths of 1 to 5 layers, each four times,
+    # and two of them without the head.
     tally = backbone.meter.tally
-    assert tally.layers.total() == (2 + 3 + 2) * LAYERS + 4 * (1 + 2 + 3 + 4 + 5)
+    assert tally.layers.total() == (2 + 3 + 2) * LAYERS + 4 * (1 + 2 + 3 + 4 + 5 + 1 + 2)
     assert tally.heads.total() == 2 + 3 + 4 * 5
     assert tally.fills.total() == (1 + 3) * LAYERS
 
@@ -393,8 +417,8 @@ def test_where_only_weights_take_time_both_views_agree(
 ) -> None:
     """Time by passes alone is weights read: the formulas are the same."""
     flat = [((1, price), (512, price)) for price in (1.0, 2.0)]
-    path = ((1, 3.0), (9, 11.0))
-    known = Constants(layer=flat[0], pair=0, key=0, head=flat[1], fill=flat[0], path=path, step=0)
+    tables = {"path": ((1, 3.0), (9, 11.0)), "bare": ((1, 1.0),)}
+    known = Constants(layer=flat[0], pair=0, key=0, head=flat[1], fill=flat[0], step=0, **tables)
     shares = [share * 0.45 for share in shares]  # beyond, a full queue costs passes
     expected = exit_ratio(SHAPE, [2, 3], shares)
     assert exit_ratio(SHAPE, [2, 3], shares, known) == pytest.approx(expected)
@@ -506,7 +530,7 @@ def test_another_machines_constants_are_not_used(
         lambda text: text[: len(text) // 2],
         lambda _text: "",
         lambda _text: "[]",
-        lambda text: text.replace('"format":1', '"format":2'),
+        lambda text: text.replace('"format":2', '"format":1'),
         lambda text: text.replace('"step":1.0', '"step":-1.0'),
         lambda text: text.replace('"step":1.0', '"step":NaN'),
         lambda text: text.replace('"step":1.0', '"step":1.0,"more":1'),

@@ -73,9 +73,17 @@ def seconds(
     maps = sum(n * constants.head_seconds(rows) for rows, n in tally.maps.items())
     if shape is not None and maps:
         maps *= map_in_heads(shape)
-    kept = constants.kept_seconds(work.layer_passes / tally.steps) if tally.steps else 0.0
-    steps = tally.steps * (constants.step + kept)
+    steps = tally.steps * (constants.step + _kept(work, constants, shape, check_weights))
     return layers + attention + heads + checks + maps + fills + steps
+
+
+def _kept(work: Meter, constants: Constants, shape: Shape | None, check_weights: int) -> float:
+    """Return what a cache keeps, in seconds of a step: of the layers and heads that a step reads."""
+    if not work.tally.steps:
+        return 0.0
+    cheap = check_in_heads(shape, check_weights) if shape is not None and check_weights else 1.0
+    heads = work.head_passes + cheap * work.check_passes
+    return constants.kept_seconds(work.layer_passes / work.tally.steps, heads / work.tally.steps)
 
 
 def full_depth(
@@ -190,11 +198,11 @@ class Prices:
             price += map_in_heads(self.shape) * self.head()
         return price
 
-    def step(self, depth: float) -> float:
-        """Return the price of a step of ``depth`` layers beside its layers and heads."""
+    def step(self, depth: float, heads: float = 1.0) -> float:
+        """Return the price of a step of ``depth`` layers and ``heads`` readouts beside those."""
         if self.constants is None:
             return 0.0
-        return self.constants.step + self.constants.kept_seconds(depth)
+        return self.constants.step + self.constants.kept_seconds(depth, heads)
 
     @property
     def full(self) -> float:
@@ -218,7 +226,7 @@ def path_ratio(
     is what its readout costs, the full one = 1; ``speaks_at`` the exit by whose readout it speaks.
     """
     price = Prices(shape, constants, context)
-    layers = price.step(depth) + price.layers(depth) + price.own(speaks_at)
+    layers = price.step(depth, head) + price.layers(depth) + price.own(speaks_at)
     return (layers + head * price.head()) / price.full
 
 
@@ -252,7 +260,7 @@ def exit_ratio(
     """
     price, depth = Prices(shape, constants, context), shape.num_layers
     going, start, run = 1.0, 0, 0.0
-    cost = 0.0
+    cost = heads = 0.0
     for stop, share in zip((*exits, depth), (*shares, 0.0), strict=True):
         passes, rows = going, 1.0
         if constants is not None and not copy:
@@ -261,13 +269,14 @@ def exit_ratio(
         cost += passes * price.layers(stop - start, rows)
         run += passes * (stop - start)
         reads = 1.0 if stop == depth else check
-        cost += (going * reads + share * choose) * price.head() + going * price.own(stop)
+        heads += going * reads + share * choose
+        cost += going * price.own(stop)
         if stop in shape.blocks:
             cost += min(1 - going, 1.0 if copy else passes) * price.fill(1)
         if copy:
             cost += share * price.fill(depth - stop)
         going, start = going - share, stop
-    return (cost + price.step(run)) / price.full
+    return (cost + heads * price.head() + price.step(run, heads)) / price.full
 
 
 def speculation_ratio(

@@ -39,7 +39,7 @@ _TOGETHER = 4
 """Rows that look at the long text together."""
 _BUDGET = 8.0
 """Seconds that measuring should take; a slow backbone takes longer for one look at each point."""
-_FEWEST, _TURNS = 17, 21
+_FEWEST, _TURNS = 19, 21
 """Points always timed (three numbers of rows); looks at each point after the first."""
 _BYTES = 2**20
 """More than a file of constants could have."""
@@ -85,6 +85,8 @@ class Constants(_Record):
     path: Table
     """(layers, seconds): so many layers and the head, again and again, one row. Of few layers a
     processor's cache keeps a part from step to step."""
+    bare: Table
+    """The same without the head: fewer weights yet."""
     step: Seconds
     """What a step takes beside layers and head: preparing, embedding, looping, choosing."""
 
@@ -100,11 +102,19 @@ class Constants(_Record):
         """Return seconds of making one layer's keys and values."""
         return at(self.fill, rows)
 
-    def kept_seconds(self, depth: float) -> float:
-        """Return what a step of ``depth`` layers takes more (mostly less, so negative) than they do
-        among all: what the cache keeps of them and of the head."""
-        apart = depth * self.layer_seconds(1) + self.head_seconds(1)
-        return at(self.path, depth) - apart
+    def kept_seconds(self, depth: float, heads: float = 1.0) -> float:
+        """Return what a step takes more (mostly less, so negative) than its parts among all others.
+
+        That is what a cache keeps of them. How much it keeps goes by the weights that a step reads:
+        ``depth`` layers and ``heads`` readouts (0.1 is a short head), in seconds of one row.
+        """
+        again = [(self._apart(count, 1), seconds) for count, seconds in self.path]
+        again += [(self._apart(count, 0), seconds) for count, seconds in self.bare]
+        apart = self._apart(depth, heads)
+        return at(sorted([(0.0, 0.0), *again]), apart) - apart
+
+    def _apart(self, depth: float, heads: float) -> float:
+        return depth * self.layer_seconds(1) + heads * self.head_seconds(1)
 
     def summary(self) -> dict[str, object]:
         """Return the figures a person asks for first, ready for JSON; microseconds, and layers."""
@@ -119,23 +129,23 @@ class Constants(_Record):
         }
 
 
-def at(table: Sequence[tuple[int, float]], rows: float) -> float:
-    """Return the seconds for so many rows: a line between neighbours, proportional at the end."""
-    i = bisect_left(table, rows, key=lambda point: point[0])
+def at(table: Sequence[tuple[float, float]], x: float) -> float:
+    """Return the seconds for ``x`` rows: a line between neighbours, proportional at the end."""
+    i = bisect_left(table, x, key=lambda point: point[0])
     if i == len(table):
         last, seconds = table[-1]
-        return seconds * rows / last
+        return seconds * x / last if last else seconds
     if i == 0:
         return table[0][1]
     (low, before), (high, after) = table[i - 1], table[i]
-    return before + (after - before) * (rows - low) / (high - low)
+    return before + (after - before) * (x - low) / (high - low)
 
 
 # -- kept per model, backbone and machine
 
 
 class _Kept(_Record):
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     of: dict[str, str]
     constants: Constants
 
@@ -239,7 +249,8 @@ class _Stand:
         ]
         depth = len(self.path)
         paths = [("path", max(depth * fifths // 5, 1)) for fifths in (2, 5, 1, 3, 4)]
-        return [("step", 1), *dict.fromkeys((*long, *paths)), *parts]
+        bare = [("bare", max(depth * fifths // 5, 1)) for fifths in (2, 1)]
+        return [("step", 1), *dict.fromkeys((*long, *paths, *bare)), *parts]
 
     def time(self, part: str, rows: int) -> float:
         """Return the seconds of one call; for a step, those outside its layers and head."""
@@ -250,10 +261,10 @@ class _Stand:
             case "head":
                 hidden = self.backbone.embed([Span(self.texts[0], 0, rows)])
                 return self._timed(lambda: self.backbone.readout(hidden, len(self.path)))
-            case "path":
+            case "path" | "bare":
                 for _ in range(_SETTLED):
-                    self._path(rows)
-                return self._path(rows)
+                    self._path(rows, reads=part == "path")
+                return self._path(rows, reads=part == "path")
             case "long":
                 return self._pass(self.backbone.run, self.long, rows)
             case "fill":
@@ -274,12 +285,16 @@ class _Stand:
         self.backbone.trim(text.slot, start)
         return seconds
 
-    def _path(self, depth: int) -> float:
+    def _path(self, depth: int, *, reads: bool) -> float:
         spans = (Span(self.texts[0], 0, 1),)
         hidden, path = self.backbone.embed(spans), self.path[:depth]
-        seconds = self._timed(
-            lambda: self.backbone.readout(self.backbone.run(path, hidden, spans), depth)
-        )
+
+        def call() -> None:
+            states = self.backbone.run(path, hidden, spans)
+            if reads:
+                self.backbone.readout(states, depth)
+
+        seconds = self._timed(call)
         self.backbone.trim(self.texts[0].slot, 0)
         return seconds
 
@@ -370,6 +385,7 @@ def _fitted(stand: _Stand, seconds: dict[_Point, float]) -> Constants:
         head=table("head", 1),
         fill=table("fill", depth),
         path=table("path", 1),
+        bare=table("bare", 1),
         step=max(seconds["step", 1], 0.0),
     )
 
