@@ -214,7 +214,7 @@ def test_seconds_are_the_hand_arithmetic() -> None:
 
 
 def test_a_short_head_keeps_more_in_the_cache() -> None:
-    """By the seconds of what is read, whatever it is: layers alone, and less than was ever timed."""
+    """By the seconds of what is read, whatever it is: layers alone, less than was ever timed."""
     known = Constants(
         layer=((1, 10.0),),
         pair=0,

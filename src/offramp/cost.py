@@ -78,7 +78,7 @@ def seconds(
 
 
 def _kept(work: Meter, constants: Constants, shape: Shape | None, check_weights: int) -> float:
-    """Return what a cache keeps, in seconds of a step: of the layers and heads that a step reads."""
+    """Return what a cache keeps of the layers and heads that a step reads, in seconds of a step."""
     if not work.tally.steps:
         return 0.0
     cheap = check_in_heads(shape, check_weights) if shape is not None and check_weights else 1.0
