@@ -115,8 +115,8 @@ def policies(record: dict[str, Any]) -> str:
     """Return every policy at one risk: depth, operations, predicted and measured time."""
     lines = [
         "| policy | risk on held-out texts (95%) | mean depth | operations | predicted time "
-        "| measured time (quartiles) |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| measured time (quartiles) | mean depth then |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     notes = []
     for row in record["rows"]:
@@ -125,13 +125,15 @@ def policies(record: dict[str, Any]) -> str:
             continue
         low, high = row["risk_interval"]
         operations = f"{row['flops_ratio']:.2f}" if "flops_ratio" in row else ""
-        took = ""
+        took = then = ""
         if "time_ratio" in row:
             first, last = row["time_ratio_quartiles"]
             took = f"{row['time_ratio']:.2f} ({first:.2f}-{last:.2f})"
+            then = f"{row['own_mean_depth']:.1f}"
         lines.append(
             f"| {row['name']} | {row['risk']:.3f} ({low:.3f} to {high:.3f}) "
-            f"| {row['mean_depth']:.1f} | {operations} | {row['predicted_ratio']:.2f} | {took} |"
+            f"| {row['mean_depth']:.1f} | {operations} | {row['predicted_ratio']:.2f} | {took} "
+            f"| {then} |"
         )
     agreement = ", ".join(f"{share:.0%} at {depth}" for depth, share in record["agreement"].items())
     left = f" Not in the table: {'; '.join(notes)}." if notes else ""

@@ -128,13 +128,13 @@ class Judge:
         shape = self.model.backbone.shape
         return pricing(shape, check, self.trace, self.constants, self.head)(exits, shares)
 
-    def by_layers(self, layers: float) -> float:
-        """Return the predicted cost of a sub-model of so many layers."""
-        shape = self.model.backbone.shape
+    def by_text(self, depth: float) -> float:
+        """Return the predicted cost of texts of this mean depth: some end at exits, by their head,
+        some run whole."""
+        shape, last = self.model.backbone.shape, self.trace.num_layers
         head = in_heads(self.head, shape)
-        low = path_ratio(shape, math.floor(layers), self.constants, head=head)
-        high = path_ratio(shape, math.ceil(layers), self.constants, head=head)
-        return low + (high - low) * (layers - math.floor(layers))
+        prices = [path_ratio(shape, stop, self.constants, head=head) for stop in self.trace.exits]
+        return float(np.interp(depth, [*self.trace.exits, last], [*prices, 1.0]))
 
     def judged(self, name: str, run: Exit, policy: Policy, check: Check) -> Found:
         """Return what a run does to the texts that judge."""
@@ -248,7 +248,7 @@ def found_by_text(judge: Judge) -> Iterator[Found]:
         wrong = (~judged.agrees[:, enough[0]]).double().split(list(judged.rows))
         risks = torch.stack([one.mean() for one in wrong])
         run = SubModel(layers=prefix(depth, last), head=judge.head)
-        yield Found("fixed depth", run, risks, depth, judge.by_layers(depth))
+        yield Found("fixed depth", run, risks, depth, judge.by_text(depth))
     else:
         yield Found("fixed depth", None, None, note="none of the exits keeps the risk")
     yield _evenly_skipped(judge)
@@ -265,7 +265,7 @@ def found_by_text(judge: Judge) -> Iterator[Found]:
     ):
         budget = solve(scores, tables[1].costs).smallest_budget(target)
         risks = torch.full((len(scores),), judge.alpha)
-        yield Found(name, None, risks, budget, judge.by_layers(budget), "cannot be run")
+        yield Found(name, None, risks, budget, judge.by_text(budget), "cannot be run")
 
 
 def _evenly_skipped(judge: Judge) -> Found:
@@ -333,4 +333,4 @@ def _routed(judge: Judge, table: ScoreTable, held_out: ScoreTable) -> Found:
     risks = 1 - held_out.scores.gather(1, taken[:, None])[:, 0]
     depth = held_out.costs[taken].mean().item()
     run = Route(router=str(file), digest=digest, price=price, runs=table.runs)
-    return Found(name, run, risks, depth, judge.by_layers(depth))
+    return Found(name, run, risks, depth, judge.by_text(depth))
