@@ -237,6 +237,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "train_speed": train_speed,
         "tuning_exits": tuning,
         "narrow_sst2": narrow,
+        "narrow_ag_news": narrow,
         "narrow_e2e": narrow,
     },
     "docs/laws.md": {"lossless": lossless},
