@@ -151,7 +151,9 @@ def _contestants(backbone: Backbone, ids: list[int]) -> dict[str, Contestant]:
     add("leave at 12, copied", policy=fixed(EXIT), kv="copy")
     add("sixteen", context=96, batch=16)
     half = [i % 2 == 0 for i in range(16)]
-    add("sixteen, half leave at 12", context=96, batch=16, policy=fixed(EXIT), stay=half)
+    leaving: dict[str, Any] = {"context": 96, "batch": 16, "policy": fixed(EXIT), "stay": half}
+    add("sixteen, half leave at 12", **leaving)
+    add("sixteen, short head", **leaving, exit_head=short.look(backbone), check=short)
     return made
 
 
@@ -242,6 +244,7 @@ def _figures(
         "sixteen texts, half leave at 12 / all to 30": ratio(
             "sixteen, half leave at 12", "sixteen"
         ),
+        "the same, by a short head / all to 30": ratio("sixteen, short head", "sixteen"),
         "leave at 12, states copied / full depth": ratio("leave at 12, copied", "full"),
         "share of the memory ceiling at full depth": _told(
             [read / s / c for s, c in zip(full.seconds, ceilings, strict=True)], None
