@@ -1,4 +1,4 @@
-"""Gives answers other names, so that what is taught is copying, not remembering.
+r"""Gives answers other names, so that what is taught is copying, not remembering.
 
     python experiments/narrow_names.py runs/e2e-lite --prompts e2e/prompts.jsonl \
         --rows e2e/train.jsonl --out named.jsonl
