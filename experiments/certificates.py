@@ -23,8 +23,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from command import command
 from tqdm import tqdm
 
 import offramp
@@ -238,7 +237,7 @@ def main() -> None:
         "backbone": model.backbone.name,
         "weights": model.backbone.weights,
         **environment(),
-        "command": "python experiments/certificates.py " + shlex.join(map(_shown, sys.argv[1:])),
+        "command": command(),
         "sequences": len(trace.rows),
         "tokens": len(trace.chosen),
         "exits": way.exits,
@@ -252,11 +251,6 @@ def main() -> None:
         "rows": rows(replays, subject.alphas, price, args.repeats),
     }
     finish(record, as_json=False, out=args.out)
-
-
-def _shown(word: str) -> str:
-    """Return an argument without the folder that its file lies in."""
-    return Path(word).name if "/" in word else word
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import random
-import shlex
-import sys
 import time
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
+
+from command import command
 
 import offramp
 from offramp.cli.output import environment, finish
@@ -68,7 +68,7 @@ def main() -> None:
         for row in raced(model, runs, name, prompts, options.rounds, options.tokens)
     ]
     record = {
-        "command": f"python experiments/control.py {shlex.join(sys.argv[1:])}",
+        "command": command(),
         "model": model.name,
         "seed": None,
         "backbone": model.backbone.name,

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import random
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from command import command
 from policies_points import Found, Judge, found_by_text, found_by_token
 from tqdm import tqdm
 
@@ -72,7 +71,7 @@ def main() -> None:
     timed = _timed(model, found, judge.held_out_prompts(options.timed), options)
     rows = [one.facts() | timed.get(one.name, {}) for one in found]
     record = {
-        "command": f"python experiments/policies.py {shlex.join(_shown(sys.argv[1:]))}",
+        "command": command(),
         "model": Path(model.name).name,
         "card": None if model.card is None else model.card.recipe.model_dump(mode="json"),
         "weights": "int8",
@@ -106,11 +105,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
-
-
-def _shown(words: Sequence[str]) -> list[str]:
-    """Return the arguments without the folders that files lie in."""
-    return [Path(word).name if "/" in word else word for word in words]
 
 
 def _trace(

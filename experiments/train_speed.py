@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import command
 from torch import Tensor
 from torch.nn import functional
 
@@ -134,7 +135,7 @@ def main() -> None:
             rates[name].append(seen / times[name][-1])
     rows = [_row(name, times, rates, _memory(name)) for name in ARMS]
     result = {
-        "command": "python experiments/train_speed.py " + " ".join(_shown(sys.argv[1:])),
+        "command": command(),
         "model": shown,
         "exits": exits,
         "tokens": sum(len(e.ids) for e in examples),
@@ -191,11 +192,6 @@ def _resident(what: str) -> int:
     status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     [line] = [line for line in status if line.startswith(what + ":")]
     return int(line.split()[1]) * 1024
-
-
-def _shown(arguments: list[str]) -> list[str]:
-    """Return the arguments without folders: where the data lies is nobody's business."""
-    return [Path(argument).name if "/" in argument else argument for argument in arguments]
 
 
 if __name__ == "__main__":
