@@ -16,11 +16,14 @@ import pytest
 import offramp
 from offramp.bench import own, peers
 from offramp.bench.figures import Row, mismatches, rows, spread
-from offramp.bench.race import Case, Ceiling, Contestant, Race, Sample, absent, race
+from offramp.bench.race import Case, Ceiling, Contestant, Race, Sample, absent, race, together
 from offramp.bench.worker import ENGINES, Watch, run
+from offramp.certificate import Certificate, HeldOut
 from offramp.cost import weight_bytes
 from offramp.fast.build import UnavailableError
 from offramp.meter import Meter
+from offramp.plan import ModelId, sealed, write_plan
+from offramp.runs import Exit
 from offramp.timing import Constants
 from tests.test_cli import SHARED, Shell
 
@@ -71,6 +74,18 @@ def test_everybody_has_a_turn_in_every_round() -> None:
     assert "".join(ticks) == "ABC" * 4
     assert [s.decode for s in run.samples[0]] == [5, 9, 13]
     assert len(run.ceilings) == 3
+
+
+def test_a_turn_of_many_texts_is_their_sum() -> None:
+    """Of seconds, tokens, bytes and work; what one part does not know, the turn does not."""
+    parts = [
+        Sample(1, 2, 3, [[1]], decode_bytes=5, decode_flops=7, predicted=9),
+        Sample(10, 20, 30, [[2]], decode_bytes=50, predicted=90),
+    ]
+    assert together(parts) == Sample(11, 22, 33, [[1], [2]], decode_bytes=55, predicted=99)
+    case = Case([[1, 2, 3], [4]], 5, alone=True)
+    assert [part.prompts for part in case.parts] == [[[1, 2, 3]], [[4]]]
+    assert (case.batch, case.read, case.context) == (1, 4, 2)
 
 
 def test_who_fails_is_out_and_says_why() -> None:
@@ -306,6 +321,61 @@ def test_generate_is_a_contestant(shell: Shell, checkpoint: Path) -> None:
         assert table[1, f"{kind} fp32 full"]["predicted_ratio"] == 1
         assert table[1, f"{kind} fp32 first 2"]["predicted_ratio"] > 1  # in measured seconds
         assert table[1, f"{kind} fp32 first 2"]["full"] == f"{kind} fp32 full"
+
+
+def test_prompts_of_any_length_are_answered_one_by_one(
+    shell: Shell, checkpoint: Path, tmp_path: Path
+) -> None:
+    """One row for all of them: each is timed alone, all tokens are compared, work is counted."""
+    (tmp_path / "mine.txt").write_text("One fish.\nTwo fish swim away.\nThree.\n")
+    record = shell.json(
+        *("bench", checkpoint, "--prompts", tmp_path / "mine.txt", "--limit", 2, "--raw"),
+        *("--tokens", 4, "--rounds", 2, "--threads", 1, "--exit", 2, "--against", "hf"),
+    )
+    full, shallow, generate = record["rows"]
+    assert (full["batch"], full["compared"]) == (1, 8)
+    assert full["mismatches"] == generate["mismatches"] == 0
+    assert full["operations_to_full"] == 1 > shallow["operations_to_full"] > 0
+    assert generate["operations_to_full"] is None
+    shell.refused(2, "--context", "bench", "--prompts", tmp_path / "mine.txt", "--context", 9)
+
+
+def test_a_certificate_is_of_one_format(
+    shell: Shell, checkpoint: Path, tiny: offramp.Model, tmp_path: Path
+) -> None:
+    """Found by the shipped plan: it could not be timed in its own format, as a base held fp32."""
+    facts = tiny.backbone
+    plan = sealed(
+        offramp.Plan(
+            model=ModelId(
+                name="tiny", num_layers=facts.shape.num_layers, fingerprint=facts.fingerprint
+            ),
+            run=Exit(signal="max_prob", thresholds={2: 0.5}),
+        ),
+        Certificate(
+            risk="disagreement",
+            alpha=0.1,
+            delta=0.1,
+            method="binomial",
+            n=99,
+            value=0.01,
+            settings=1,
+            cost=0.9,
+            measured=False,
+            weights="int8",
+            data={},
+            seed=0,
+            held_out=HeldOut(n=9, risk=0.05),
+        ),
+    )
+    write_plan(tmp_path / "plan.json", plan)
+    record = shell.json(
+        *("bench", checkpoint, *SMALL, "--against", "none", "--weights", "int8,fp32"),
+        *("--plan", tmp_path / "plan.json"),
+    )
+    _, timed, _, refused = record["rows"]
+    assert timed["reason"] is None
+    assert "certified with int8" in refused["reason"]
 
 
 def test_weights_that_a_backbone_cannot_hold_are_a_row(shell: Shell, checkpoint: Path) -> None:

@@ -26,7 +26,7 @@ from offramp.plan import Plan, cheap_weights, execute
 from offramp.request import Request
 from offramp.runs import Adapt, Exit, Full, Route, Run, Skip, Speculate
 from offramp.runs import Path as SubModel
-from offramp.text import encode
+from offramp.text import Prompt, encode
 from offramp.timing import Constants, constants
 
 _MATRIX = 1024
@@ -61,6 +61,7 @@ def take_turn(backbone: Backbone, plan: Plan, known: Constants, case: Case) -> S
         outputs=outputs,
         decode_bytes=read_bytes(work, shape, checks),
         prefill_flops=flops(read - before, shape),
+        decode_flops=flops(work, shape, checks),
         predicted=seconds(work, known, shape, checks),
     )
 
@@ -71,8 +72,8 @@ def check(base: Model, plans: Sequence[Plan], length: int) -> None:
     Raises:
         UsageError: a plan that is not for this model, or texts longer than it reads.
     """
-    for plan in plans:
-        plan.check(base.backbone)
+    for plan in plans:  # a certificate is for one format, and this base holds another
+        plan.model_copy(update={"certificate": None}).check(base.backbone)
     most = base.backbone.shape.context
     if length > most:
         raise UsageError(
@@ -99,17 +100,23 @@ def own_contestants(
         return [absent(f"{kind} {weights}", str(error), weights)]
     shown = backbone.name
     known = constants(backbone)
-    return [
-        Contestant(
-            f"{shown} {weights} {describe(plan.run)}",
+
+    def contestant(plan: Plan) -> Contestant:
+        name = f"{shown} {weights} {describe(plan.run)}"
+        try:
+            plan.check(backbone)
+        except UsageError as error:
+            return absent(name, str(error), weights)
+        return Contestant(
+            name,
             partial(take_turn, backbone, plan, known),
             f"own {shown}",
             weights,
             full=isinstance(plan.run, Full),
             lossless=plan.lossless,
         )
-        for plan in plans
-    ]
+
+    return [contestant(plan) for plan in plans]
 
 
 def _backbone(base: Model, source: str | None, kind: BackboneName, weights: Format) -> Backbone:
@@ -168,6 +175,12 @@ def make_case(tokenizer: object, batch: int, context: int, tokens: int) -> Case:
     ids = encode(tokenizer, text, raw=True)
     ids = ids * -(-needed // len(ids))
     return Case([ids[i * context : (i + 1) * context] for i in range(batch)], tokens)
+
+
+def given_case(tokenizer: object, prompts: Sequence[Prompt], tokens: int, *, raw: bool) -> Case:
+    """Return the prompts as texts that are answered one after the other."""
+    ids = [encode(tokenizer, prompt, raw=raw) for prompt in prompts]
+    return Case(ids, tokens, alone=True)
 
 
 def ceiling_meter() -> Callable[[], Ceiling]:

@@ -17,19 +17,31 @@ class Case:
     """What every contestant does in a turn: read these prompts, then write as many tokens."""
 
     prompts: list[list[int]]
-    """Token ids, all of one length."""
+    """Token ids; all of one length where they make a batch."""
     tokens: int
     """New tokens per prompt, 2 or more: the first one belongs to reading."""
+    alone: bool = False
+    """Whether they are answered one after the other in a turn, rather than as one batch."""
 
     @property
     def batch(self) -> int:
-        """Return the number of texts."""
-        return len(self.prompts)
+        """Return the number of texts at once."""
+        return 1 if self.alone else len(self.prompts)
+
+    @property
+    def read(self) -> int:
+        """Return the number of tokens in all prompts."""
+        return sum(map(len, self.prompts))
 
     @property
     def context(self) -> int:
-        """Return the number of tokens in each prompt."""
-        return len(self.prompts[0])
+        """Return the number of tokens in a prompt, on average."""
+        return round(self.read / len(self.prompts))
+
+    @property
+    def parts(self) -> list[Case]:
+        """Return what a contestant is given at once."""
+        return [Case([ids], self.tokens) for ids in self.prompts] if self.alone else [self]
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,26 @@ class Sample:
     """Bytes of weights, keys and values read while decoding, where known."""
     prefill_flops: float | None = None
     """Operations of reading the prompts, where known."""
+    decode_flops: float | None = None
+    """Operations of decoding, looks at exits and what is caught up included, where known."""
     predicted: float | None = None
     """Seconds that the cost model, measured on this machine, says the decoding takes."""
+
+
+def together(samples: Sequence[Sample]) -> Sample:
+    """Return the parts of one turn as a turn; what is not known of one part is not known."""
+
+    def added(name: str) -> float | None:
+        values = [getattr(sample, name) for sample in samples]
+        return None if None in values else sum(values)
+
+    return Sample(
+        sum(sample.prefill for sample in samples),
+        sum(sample.decode for sample in samples),
+        sum(sample.decoded for sample in samples),
+        [text for sample in samples for text in sample.outputs],
+        *map(added, ("decode_bytes", "prefill_flops", "decode_flops", "predicted")),
+    )
 
 
 @dataclass(frozen=True)
@@ -57,7 +87,7 @@ class Contestant:
 
     name: str
     measure: Callable[[Case], Sample]
-    """Takes a turn, or raises OfframpError with the reason why it cannot."""
+    """Takes a part of a turn, or raises OfframpError with the reason why it cannot."""
     kind: str
     """``own fast`` or ``own hf`` for a backbone of ours, else the name of the engine."""
     weights: str | None = None
@@ -120,7 +150,7 @@ def race(
             if run.reasons[i] is None:
                 time.sleep(_SETTLE)
                 try:
-                    sample = contestant.measure(case)
+                    sample = together([contestant.measure(part) for part in case.parts])
                     run.samples[i] += [sample] if turn else []
                 except (OfframpError, MemoryError, RuntimeError) as error:
                     run.reasons[i] = str(error) or type(error).__name__

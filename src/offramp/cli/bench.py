@@ -40,8 +40,20 @@ def bench(
     threshold: o.ThresholdText = None,
     check: o.CheckText = None,
     kv: o.KeyValues = o.KV.exact,
-    batch_size: Annotated[str, typer.Option(metavar="N,...", help="Texts at once.")] = "1",
-    context: Annotated[str, typer.Option(metavar="N,...", help="Tokens of a prompt.")] = "256",
+    batch_size: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Texts at once; 1 by default.")
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Tokens of a prompt; 256 by default.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts to read instead, one after the other in each turn; as for generate."
+        ),
+    ] = None,
+    limit: o.Limit = None,
+    raw: o.Raw = False,
     tokens: Annotated[int, typer.Option(min=2, help="New tokens of a text in a turn.")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds after the warm-up.")] = 7,
     backbone: Annotated[
@@ -77,8 +89,9 @@ def bench(
 ) -> None:
     """Time plans and other engines on this machine, in turns: A B C A B C ...
 
-    Everybody reads the same prompts and writes greedily with as many threads. Full depth is always
-    among the contestants; ratios are speeds against it within a round, medians over the rounds.
+    Everybody reads the same prompts and writes greedily with as many threads, as many tokens: an
+    end token is one like any other. Full depth is always among the contestants; ratios are speeds
+    against it within a round, medians over the rounds.
 
     [bold]offramp bench --weights int4 --exit 12 --against llama.cpp,hf[/bold]
     """
@@ -92,7 +105,15 @@ def bench(
         o.parse_plan(None, threshold=threshold, check=check, kv=kv),
     ]
     plans = [plan for i, plan in enumerate(found) if plan not in found[:i]]  # unset is full again
-    sizes = o.parse_counts("--context", context), o.parse_counts("--batch-size", batch_size)
+    if prompts is not None and (context or batch_size):
+        raise UsageError(
+            "--prompts are as long as they are, one at a time: no --context, no --batch-size"
+        )
+    given = o.read_prompt_options(None, prompts, limit)
+    sizes = (
+        o.parse_counts("--context", context or "256"),
+        o.parse_counts("--batch-size", batch_size or "1"),
+    )
     held: Any = product(
         o.parse_choices("--backbone", backbone, list(o.BackboneName)),
         o.parse_choices("--weights", weights, list(o.Weights)),
@@ -112,13 +133,18 @@ def bench(
     torch.set_num_threads(threads or torch.get_num_threads())
     names, whole = able(asked and [name for name in asked if name != "none"], model)
     loaded = load(model, backbone="hf", trust_remote_code=trust_remote_code)
-    own.check(loaded, plans, max(sizes[0]) + tokens)
-    cases = [own.make_case(loaded.tokenizer, b, c, tokens) for c, b in product(*sizes)]
+    cases = (
+        [own.given_case(loaded.tokenizer, given, tokens, raw=raw)]
+        if given
+        else [own.make_case(loaded.tokenizer, b, c, tokens) for c, b in product(*sizes)]
+    )
+    longest = tokens + max(len(ids) for case in cases for ids in case.prompts)
+    own.check(loaded, plans, longest)
     contestants = [
         one for kind, form in held for one in own.own_contestants(loaded, model, kind, form, plans)
     ]
     with ExitStack() as stack:
-        order = opening_order(whole, max(sizes[0]) + tokens, draft, trust_remote_code)
+        order = opening_order(whole, longest, draft, trust_remote_code)
         others, versions = peer_contestants(names, python, order, stack)
         races = _compete([*contestants, *others], cases, rounds)
     timed = [row for run in races for row in rows(run)]
