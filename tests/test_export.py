@@ -159,7 +159,7 @@ def test_what_is_not_the_exit_is_not_put_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the reason: here one norm was changed a little on the way."""
-    backbone, cut = generic("llama"), exporting._cut
+    backbone, cut = generic("llama"), exporting.cut
 
     def spoilt(*args: Any) -> Any:
         small = cut(*args)
@@ -168,7 +168,7 @@ def test_what_is_not_the_exit_is_not_put_in_place(
         small.load_state_dict(state, assign=True)
         return small
 
-    monkeypatch.setattr(exporting, "_cut", spoilt)
+    monkeypatch.setattr(exporting, "cut", spoilt)
     with pytest.raises(UnsupportedModelError, match="cut to 3 layers does not say"):
         export(backbone, byte_tokenizer(), range(DEPTH), tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,8 @@
 """The card of a tuned model: ``offramp.json`` beside its weights. Says what was tuned, and how.
 
-A tuned model is a folder: a whole checkpoint, an adapter of a base model, or readouts alone. The
-card names the exits, what reads each of them out, the base model and the data.
+A tuned model is a folder: a whole checkpoint, an adapter of a base model or of some of its layers
+(low-rank, or a bit per weight), or readouts alone. The card names the exits, what reads each of
+them out, the base model and the data.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Base(Record):
     """Hub id, folder or file it was opened by; the default model by its shown name."""
     fingerprint: str
     """Of the base model's own weights, before an adapter is merged into them."""
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Those of its layers that were kept, before anything is added; None for all of them."""
 
 
 class Recipe(Record):

@@ -261,14 +261,14 @@ def exit_ratio(
     price, depth = Prices(shape, constants, context), shape.num_layers
     going, start, run = 1.0, 0, 0.0
     cost = heads = 0.0
-    for stop, share in zip((*exits, depth), (*shares, 0.0), strict=True):
+    looks = [check] * len(exits)  # the last layer may be an exit, for who is spared the full head
+    for stop, share, reads in zip((*exits, depth), (*shares, 0.0), (*looks, 1.0), strict=True):
         passes, rows = going, 1.0
         if constants is not None and not copy:
             passes = max(going, 1 / (1 + _MAX_WAITING))  # a full queue forces one
             rows = 1 / passes
         cost += passes * price.layers(stop - start, rows)
         run += passes * (stop - start)
-        reads = 1.0 if stop == depth else check
         heads += going * reads + share * choose
         cost += going * price.own(stop)
         if stop in shape.blocks:

@@ -30,7 +30,8 @@ class Way:
 
     def check(self, num_layers: int) -> None:
         """Refuse exits that the path does not have (UsageError)."""
-        check_exits(self.policy.exits, num_layers if self.layers is None else len(self.layers))
+        depth = num_layers if self.layers is None else len(self.layers)
+        check_exits(self.policy.exits, depth, short_head=self.exit_head is not None)
 
 
 def decode(

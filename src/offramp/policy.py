@@ -22,7 +22,8 @@ class Policy(Protocol):
 
     @property
     def exits(self) -> tuple[int, ...]:
-        """Depths at which to ask, ascending, each from 1 to L-1."""
+        """Depths at which to ask, ascending, each from 1 to L-1; to L, where a short head may spare
+        a token the full one."""
 
     @property
     def bars(self) -> Bars | None:
@@ -35,18 +36,24 @@ class Policy(Protocol):
         """Return ``[S]`` bool: which of the probe's rows leave here."""
 
 
-def check_exits(exits: Sequence[int], num_layers: int) -> None:
+def check_exits(exits: Sequence[int], num_layers: int, *, short_head: bool = False) -> None:
     """Refuse exits that the model does not have.
 
+    Args:
+        exits: depths.
+        num_layers: the model's, L.
+        short_head: whether something cheaper than the full head chooses the tokens that leave:
+            they may then leave after the last layer, too, and save the head.
+
     Raises:
-        UsageError: not strictly ascending, or outside 1 to L-1.
+        UsageError: not strictly ascending, or outside 1 to L-1 (to L with a short head).
     """
     if any(b <= a for a, b in pairwise(exits)):
         raise UsageError(f"exits must ascend without repeats, not {list(exits)}")
-    if exits and (exits[0] < 1 or exits[-1] >= num_layers):
+    if exits and (exits[0] < 1 or exits[-1] >= num_layers + short_head):
         raise UsageError(
             f"exits {list(exits)} are outside 1 to {num_layers - 1}: the model has {num_layers} "
-            "layers, and leaving after the last one is not leaving"
+            "layers, and leaving after the last one is not leaving unless a short head chooses"
         )
 
 

@@ -33,7 +33,11 @@ class Full(Record):
 
 
 class Exit(Record):
-    """Leave at the first exit whose signal reaches its threshold. Lossy."""
+    """Leave at the first exit whose signal reaches its threshold. Lossy.
+
+    With a short ``head`` the last layer may be an exit, too: a token that leaves there is spared
+    the full head.
+    """
 
     kind: Literal["exit"] = "exit"
     signal: str
@@ -85,11 +89,12 @@ class Exit(Record):
         """Refuse exits, thresholds or a check that make no sense for this model."""
         if not self.thresholds:
             raise UsageError("a plan that exits needs at least one exit with a threshold")
-        check_exits(self.policy.exits, backbone.shape.num_layers)
+        short = not isinstance(self.head, FullHead)
+        check_exits(self.policy.exits, backbone.shape.num_layers, short_head=short)
         self.check.must_fit(backbone.shape)
         self.head.must_fit(backbone.shape)
         looks = isinstance(self.check, FullHead | GateFile) or self.check == self.head
-        if not isinstance(self.head, FullHead) and not looks:
+        if short and not looks:
             raise UsageError(
                 f"where {self.head} chooses the tokens that leave, a check by {self.check} would "
                 "be a second cheap head: check by the same one, by the full one or by a gate"

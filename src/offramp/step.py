@@ -53,7 +53,8 @@ def step(
 ) -> Outcome:
     """Run each text's new tokens (``ids[done:]``) as deep as ``policy`` wants.
 
-    A token that leaves *waits* in front of the first layer it did not run (``kv="exact"``) and goes
+    A token may leave after the last layer, too, where ``exit_head`` spares it the full head. One
+    that leaves earlier *waits* in front of the first layer it did not run (``kv="exact"``) and goes
     on with the next token of its text that gets there, or has its state copied into every deeper
     layer's keys and values (``kv="copy"``).
 
@@ -105,7 +106,7 @@ def step(
             )
             stop = cuts[ran.segments]
             flow = Flow(ran.hidden, flow.spans, flow.members)
-            if stop not in policy.exits or stop == len(path):
+            if stop not in policy.exits:
                 continue
             rows = ran.made
             if rows is None:
@@ -123,7 +124,8 @@ def step(
                 gone = asked.select(leaving)
                 taken = probe.take(leaving)
                 chosen.append((gone.members, _choice(backbone, taken, gone, detour, exit_head)))
-                _leave(backbone, gone, [*path[stop:], *exits.deeper(stop)], kv)
+                if stop < len(path):
+                    _leave(backbone, gone, [*path[stop:], *exits.deeper(stop)], kv)
                 left = set(gone.members)
                 flow = flow.select(i for i, member in enumerate(flow.members) if member not in left)
                 probe = probe.take(staying)

@@ -38,7 +38,7 @@ class Trace:
     """What every exit would have said of every token of some texts.
 
     Rows are the counted positions of all texts, one after the other: row t stands for the choice of
-    the token after one position. E exits, the last layer apart.
+    the token after one position. E exits; the full head after the last layer is apart from them.
     """
 
     exits: tuple[int, ...]
@@ -184,7 +184,7 @@ def record(
     """
     depth = backbone.shape.num_layers
     exits = tuple(range(1, depth)) if exits is None else tuple(exits)
-    check_exits(exits, depth)
+    check_exits(exits, depth, short_head=head != FULL_HEAD)
     check = head if check == FULL_HEAD else check
     for part in (check, head):
         part.must_fit(backbone.shape)
@@ -261,7 +261,7 @@ def _states(backbone: Backbone, ids: list[int], exits: Sequence[int]) -> Tensor:
         hidden, states = backbone.embed(spans), []
         stops = (*exits, backbone.shape.num_layers)
         for start, stop in zip((0, *stops), stops, strict=False):
-            hidden = backbone.run(range(start, stop), hidden, spans)
+            hidden = backbone.run(range(start, stop), hidden, spans) if start < stop else hidden
             block = backbone.blocks.get(stop)
             states.append(hidden if block is None else backbone.run([block], hidden, spans))
         return torch.stack(states, 1)
@@ -283,13 +283,13 @@ def _judge(
     scores: dict[str, list[Tensor]] = {name: [] for name in registry()}
     for column, stop in enumerate((*exits, depth)):
         probe = Probe(stop, depth, states[:, column], backbone.readout, probe, look=eyes.look)
-        choose = None if stop == depth else eyes.choose
+        choose = None if column == len(exits) else eyes.choose
         picks = probe.logits if choose is None else choose(states[:, column], stop)
         chosen.append(picks.argmax(-1).int())
         loss.append(
             torch.nn.functional.cross_entropy(probe.logits.float(), targets, reduction="none")
         )
-        if stop < depth:
+        if column < len(exits):
             for name, signal_column in scores.items():
                 signal_column.append(score(probe, name).float())
     return (
@@ -413,12 +413,15 @@ def _check_look_back(trace: Trace, policy: Policy) -> None:
 def _bounded(trace: Trace, wanted: Tensor, max_waiting: int, exit_prompt: bool) -> Tensor:
     """Return the columns after the loop's own two rules: prompts stay, and queues are bounded."""
     full, result = len(trace.exits), []
+    ran_all = {column for column, depth in enumerate(trace.exits) if depth == trace.num_layers}
+    ran_all.add(full)
     for part, length in zip(wanted.split(list(trace.rows)), trace.lengths, strict=True):
         waiting, columns = 0, part.tolist()
         for t, column in enumerate(columns):
             if waiting >= max_waiting or (t == 0 and not exit_prompt):
                 columns[t] = column = full
             # With the first counted row, the whole prompt waits.
-            waiting = 0 if column == full else waiting + (length - len(columns) if t == 0 else 1)
+            more = length - len(columns) if t == 0 else 1
+            waiting = 0 if column in ran_all else waiting + more
         result += columns
     return torch.tensor(result, dtype=torch.long)

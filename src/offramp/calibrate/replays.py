@@ -79,7 +79,7 @@ def replay_all(
     losses: dict[str, list[Tensor]] = {name: [] for name in RISKS}
     left = []
     for some in thresholds.split(size):
-        columns = _bounded(_wanted(scores, some), len(exits), trace, max_waiting, exit_prompt)
+        columns = _bounded(_wanted(scores, some), exits, trace, max_waiting, exit_prompt)
 
         def per_sequence(values: Tensor) -> Tensor:
             total = torch.zeros(len(rows), values.shape[1])
@@ -110,12 +110,14 @@ def _wanted(scores: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def _bounded(
-    wanted: Tensor, full: int, trace: Trace, max_waiting: int, exit_prompt: bool
+    wanted: Tensor, exits: tuple[int, ...], trace: Trace, max_waiting: int, exit_prompt: bool
 ) -> Tensor:
     """Return the columns ``[T, M]`` after the loop's own two rules, in place.
 
     Prompts stay, and queues are bounded: ``trace._bounded`` for many settings at once.
     """
+    full = len(exits)
+    ran_all = full - (exits[-1] == trace.num_layers)  # from this column on, all layers were run
     first = torch.tensor(trace.lengths) - torch.tensor(trace.rows)  # with row 0 the prompt waits
     waiting = torch.zeros(len(trace.rows), wanted.shape[1], dtype=torch.int32)
     for t, (active, index) in enumerate(_positions(trace.rows)):
@@ -125,7 +127,7 @@ def _bounded(
             stays.fill_(value=True)
         column.masked_fill_(stays, full)
         queue += first[active, None] if t == 0 else 1
-        waiting[active] = queue.masked_fill_(column == full, 0)
+        waiting[active] = queue.masked_fill_(column >= ran_all, 0)
         wanted[index] = column
     return wanted
 

@@ -62,7 +62,7 @@ def seen(trace: Trace, signal: str, exits: Sequence[int], check: Check) -> Tenso
         UsageError: exits, a check or a signal that the trace lacks, or a signal that tells nothing:
             NaN, or the same for every token.
     """
-    check_exits(exits, trace.num_layers)
+    check_exits(exits, trace.num_layers, short_head=trace.head != str(FULL_HEAD))
     missing = [depth for depth in exits if depth not in trace.exits]
     if missing or not exits:
         raise UsageError(

@@ -141,7 +141,7 @@ def calibrate(
         trust_remote_code=trust_remote_code,
     )
     signal = "gate" if looked_at.kind == "gate" else signal
-    _must_fit(loaded, depths, signal, looked_at)
+    _must_fit(loaded, depths, signal, looked_at, chosen_by)
     chosen_by.must_fit(loaded.backbone.shape)
     if trace is None:
         depths = depths or (loaded.card.exits if loaded.card else None)
@@ -220,13 +220,15 @@ def _must_go_together(goal: Goal, check: Check, head: Head) -> None:
         raise UsageError(f"--check {check} beside --head {head} would be two short heads: name one")
 
 
-def _must_fit(model: Model, depths: tuple[int, ...] | None, signal: str, check: Check) -> None:
+def _must_fit(
+    model: Model, depths: tuple[int, ...] | None, signal: str, check: Check, head: Head
+) -> None:
     """Refuse what this model lacks before it answers anything."""
     from offramp.policy import check_exits
     from offramp.signals import find
 
     shape = model.backbone.shape
-    check_exits(depths or (), shape.num_layers)
+    check_exits(depths or (), shape.num_layers, short_head=head.kind != "full")
     check.must_fit(shape)
     if signal != "gate":
         find(signal)

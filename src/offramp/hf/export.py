@@ -18,6 +18,7 @@ from offramp.errors import OfframpError, UnsupportedModelError
 from offramp.files import write_folder
 from offramp.hf.backbone import HFBackbone
 from offramp.hf.check import probe_ids
+from offramp.hf.cut import cut
 from offramp.hf.load import line, load_checkpoint, quiet
 from offramp.paths import check_path
 from offramp.step import step
@@ -76,7 +77,7 @@ def export(
     expected = step(backbone, [text], layers=layers, tails=[len(ids)]).logits
     name = f"{type(backbone.model).__name__} cut to {len(layers)} layers"
     try:
-        small = _cut(backbone, layers)
+        small = cut(backbone.model, layers)
     except Exception as error:  # a configuration may hold to its old number of layers in any way
         raise UnsupportedModelError(f"{name} is no model: {line(error)}") from error
 
@@ -106,54 +107,6 @@ def _must_be_plain(card: Card | None, layers: Sequence[int], num_layers: int) ->
             f"exit {depth} is read out by a {kind} of its own, which an ordinary checkpoint of "
             f"{depth} layers has no place for; export another depth"
         )
-
-
-def _cut(backbone: HFBackbone, layers: Sequence[int]) -> PreTrainedModel:
-    """Return a model of these layers that shares this one's weights; it can only be saved."""
-    model, whole = backbone.model, backbone.adapter.layers
-    with quiet(), torch.device("meta"):
-        small: PreTrainedModel = type(model)(_cut_config(model.config, layers))
-    place = next(name for name, module in model.named_modules() if module is whole)
-    kept = {}
-    for key, value in model.state_dict().items():
-        if not key.startswith(f"{place}."):
-            kept[key] = value
-            continue
-        index, _, rest = key.removeprefix(f"{place}.").partition(".")
-        if int(index) in layers:
-            kept[f"{place}.{layers.index(int(index))}.{rest}"] = value
-    small.load_state_dict(kept, assign=True)  # strict: the cut configuration has just these weights
-    small.tie_weights()
-    small.generation_config = model.generation_config
-    return small.eval()
-
-
-def _cut_config(config: Any, layers: Sequence[int]) -> Any:
-    """Return a configuration of these layers, with what it says of each layer cut as well."""
-    inner, facts = config.get_text_config(decoder=True), config.to_dict()
-    where = facts
-    if inner is not config:
-        [part] = [key for key in config.sub_configs if getattr(config, key) is inner]
-        where = facts[part]
-    for key, value in where.items():
-        if key not in _NOT_LAYERS:
-            where[key] = _cut_fact(value, inner.num_hidden_layers, layers)
-    where[inner.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
-    return type(config).from_dict(facts)
-
-
-def _cut_fact(value: Any, count: int, layers: Sequence[int]) -> Any:
-    """Return the entries of these layers, of a list of all or a table by layer."""
-    if isinstance(value, list) and len(value) == count:
-        return [value[layer] for layer in layers]
-    if isinstance(value, dict) and value and all(str(key).isdecimal() for key in value):
-        kept = {key: layers.index(int(key)) for key in value if int(key) in layers}
-        return {type(key)(place): value[key] for key, place in kept.items()}
-    return value
-
-
-_NOT_LAYERS = {"architectures", "id2label", "bos_token_id", "eos_token_id", "pad_token_id"}
-"""Lists that may be as long as the model is deep, but by chance."""
 
 
 def _save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Opens whatever tuning makes: a checkpoint, an adapter merged into its base, readouts over one.
+"""Opens whatever tuning makes: a checkpoint, an adapter added to its base, readouts over one.
 
 The base that a card names is opened by the same guarded functions as a model that the user names:
 no pickle is read, and no code of a checkpoint is run unless it was asked for.
@@ -6,7 +6,7 @@ no pickle is read, and no code of a checkpoint is run unless it was asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from offramp import shipped
 from offramp.card import CARD, GATES, READOUTS, Card, read_card
 from offramp.errors import OfframpError, UsageError
 from offramp.hf.backbone import fingerprint
+from offramp.hf.cut import cut
+from offramp.hf.delta import DELTA, with_delta
 from offramp.hf.load import DEFAULT_MODEL, Weights, load_checkpoint, quiet, read_tokenizer
 from offramp.hf.lora import ADAPTER_CONFIG, base_of, merged
 from offramp.readouts import ExitReadout, read_readouts
@@ -95,7 +97,7 @@ def at_full_depth(name: str | None) -> str | None:
         return name
     folder = shipped.folder(name) or Path(str(name))
     card = read_card(folder)
-    if card is None or (folder / ADAPTER_CONFIG).is_file():
+    if card is None or any((folder / name).is_file() for name in (ADAPTER_CONFIG, DELTA)):
         raise UsageError(
             f"{name} is an adapter on a base model, and other programs open whole checkpoints; "
             "make one with offramp export and all its layers"
@@ -107,14 +109,16 @@ def _over_base(
     folder: Path, card: Card | None, weights: Weights, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, Any]:
     """Return the base model, with the folder's adapter merged if there is one, and a tokenizer."""
-    adapter = (folder / ADAPTER_CONFIG).is_file()
-    if not adapter and not any((folder / name).is_file() for name in (READOUTS, GATES)):
-        raise OfframpError(f"{folder} holds a card, but no weights, adapter, {READOUTS} or {GATES}")
+    adapter, dense = (folder / ADAPTER_CONFIG).is_file(), (folder / DELTA).is_file()
+    if not adapter and not any((folder / name).is_file() for name in (DELTA, READOUTS, GATES)):
+        raise OfframpError(
+            f"{folder} holds a card, but no weights, adapter, {DELTA}, {READOUTS} or {GATES}"
+        )
     base = card.base.name if card else base_of(folder)
     model, tokenizer, _ = load_checkpoint(
         None if base == DEFAULT_MODEL else base,
         # An adapter is added in full precision: rounded before and after would be another model.
-        weights="fp32" if adapter and weights == "bf16" else weights,
+        weights="fp32" if (adapter or dense) and weights == "bf16" else weights,
         trust_remote_code=trust_remote_code,
     )
     if card is not None and fingerprint(model) != card.base.fingerprint:
@@ -122,17 +126,26 @@ def _over_base(
             f"{folder} was tuned on {base!r} with fingerprint {card.base.fingerprint}, but what "
             f"{base!r} opens now has fingerprint {fingerprint(model)}: it is another base model"
         )
+    if card is not None and card.base.layers is not None:
+        model = cut(model, card.base.layers)
     with quiet():
         if (folder / "tokenizer_config.json").is_file():  # tuning may have taught it a template
             tokenizer = read_tokenizer(
                 str(folder), str(folder), trust_remote_code=trust_remote_code
             )
+        if dense:
+            model = _added(model, folder, weights, with_delta)
         if adapter:
-            model = _added(model, folder, weights)
+            model = _added(model, folder, weights, merged)
     return model, tokenizer
 
 
-def _added(model: PreTrainedModel, folder: Path, weights: Weights) -> PreTrainedModel:
+def _added(
+    model: PreTrainedModel,
+    folder: Path,
+    weights: Weights,
+    add: Callable[[PreTrainedModel, Path], PreTrainedModel],
+) -> PreTrainedModel:
     """Return the model with the folder's adapter in its weights, in the precision asked for."""
     named = partial(model.named_parameters, remove_duplicate=False)  # an adapter may part them
     own = {name: p.dtype for name, p in named()}
@@ -141,7 +154,7 @@ def _added(model: PreTrainedModel, folder: Path, weights: Weights) -> PreTrained
         own = {n: d if any(m in n for m in full) else torch.bfloat16 for n, d in own.items()}
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
-    model = merged(model, folder)
+    model = add(model, folder)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(own[name])
     return model
