@@ -60,6 +60,12 @@ def test_who_never_leaves_there_says_what_the_full_head_says(family: str) -> Non
     short = decoded(head=HEAD.choose(backbone, ()))
     assert short != decoded()
     assert _written(backbone, {depth: 0.0}, prompts, exit_prompt=True)[0] == short
+    texts = [(prompt + text, len(prompt)) for prompt, text in zip(prompts, short, strict=True)]
+    trace = record(backbone, texts, (depth,), check=HEAD, head=HEAD)
+    always = Threshold("max_prob", ((depth, 0.0),))
+    found = replay(trace, always, head=HEAD, exit_prompt=True)
+    assert found.chosen.tolist() == [token for text in short for token in text]
+    assert (found.chosen != trace.chosen[:, -1]).any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
