@@ -108,6 +108,8 @@ def test_some_layers_of_a_base_open_with_the_change_in_them(
     assert torch.equal(said(held), expected)
     assert not torch.equal(expected, said(tuned_on(base)[0]))
     assert len(model.generate("hello", max_new_tokens=4).outputs[0].token_ids) == 4
+    assert model.card is not None
+    assert model.card.base.layers == LAYERS
     again = offramp.load(str(folder), backbone="hf")
     assert again.backbone.fingerprint == model.backbone.fingerprint
 
@@ -175,6 +177,8 @@ def test_another_base_is_refused(shell: Shell, folder: Path, tmp_path: Path) -> 
     (folder / "offramp.json").write_text(card.replace("5\n    ]", "6\n    ]"))
     shell.refused(2, "layers 0 to 5", "generate", folder, "--prompt", "a")
     (folder / "offramp.json").write_text(card)
+    ask = ("--prompt", "hello", "--max-new-tokens", 2, "--backbone", "hf")
+    assert "from layers 0, 2, 5 of " in shell("inspect", folder, *ask)[1]
     shell.refused(2, "offramp export", "bench", folder, "--against", "hf")
 
 

@@ -92,8 +92,10 @@ def _tuned(card: Card) -> str:
     data, base = card.data, card.base
     seen = f" on {data.tokens:,} tokens of {', '.join(data.files)}" if data else ""
     exits = ", ".join(f"{depth} ({card.readouts.get(depth, 'shared')})" for depth in card.exits)
+    some = "" if base.layers is None else f"layers {', '.join(map(str, base.layers))} of "
     return visible(
-        f"Tuned by {card.recipe.name}{seen}, from {base.name} (fingerprint {base.fingerprint}).\n"
+        f"Tuned by {card.recipe.name}{seen}, from {some}{base.name} (fingerprint "
+        f"{base.fingerprint}).\n"
         f"Its exits, and what reads them out: {exits or 'none'}."
     )
 

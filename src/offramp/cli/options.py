@@ -46,7 +46,8 @@ ModelName = Annotated[
     typer.Argument(
         metavar="[MODEL]",
         help="Hub id, local folder (a tuned model's, too) or GGUF file; SmolLM2-135M-Instruct by "
-        "default, 'default-exits' with exits taught to speak.",
+        "default, 'default-exits' with exits taught to speak; 'e2e-16', sixteen of its layers for "
+        "a narrow task.",
         show_default=False,
     ),
 ]
@@ -90,8 +91,8 @@ PlanFile = Annotated[
     str | None,
     typer.Option(
         "--plan",
-        help="A plan file, 'full' for every layer and every token (default), or 'default-exits', "
-        "certified for the model of that name.",
+        help="A plan file, 'full' for every layer and every token (default), or 'default-exits' or "
+        "'e2e-16', each certified for the model of that name.",
     ),
 ]
 DraftDepth = Annotated[

@@ -45,8 +45,8 @@ def load_tuned(
     """Load a model of any form, in evaluation mode.
 
     Args:
-        name: hub id, local folder or GGUF file; None for SmolLM2-135M-Instruct, and
-            "default-exits" for it with the exits that come with offramp.
+        name: hub id, local folder or GGUF file; None for SmolLM2-135M-Instruct, and one of
+            :data:`offramp.shipped.NAMES` for what comes with offramp.
         weights: precision of the weights in memory.
         trust_remote_code: run modelling code that comes with the checkpoint, or with its base.
 
@@ -68,6 +68,8 @@ def load_tuned(
         model, tokenizer = _over_base(folder, card, weights, trust_remote_code)
     if card is None:
         return Tuned(model, tokenizer, shown)
+    if card.recipe.settings.get("raw") is True:
+        tokenizer.chat_template = None  # it learnt prompts as they are, and is asked so
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     if max((*card.exits, *card.readouts), default=0) > layers:
         raise OfframpError(
