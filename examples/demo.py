@@ -1,4 +1,4 @@
-"""The default model two ways: lossless drafts, and exits that leave early with a certificate.
+"""What depth saves: lossless drafts, certified exits, and a narrow task in half the layers.
 
 make demo
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -17,6 +18,10 @@ from offramp.model import Result
 from offramp.plan import read_plan
 
 PROMPT = "Why is the sky blue? Answer in two sentences."
+MEANINGS = (
+    "name: The Amber Kettle | type: pub | food: Greek | price: cheap | area: riverside\nText:",
+    "name: Blue Spice | type: coffee shop | area: city centre | rating: 5 out of 5\nText:",
+)
 MORE = ("Give me three tips for sleeping better.", "What is a lighthouse for?")
 DRAFT_DEPTH, DRAFT_TOKENS = 24, 2
 ROUNDS = 3
@@ -27,6 +32,7 @@ def main() -> None:
     console = Console(highlight=False, width=100)
     same = _lossless(console)
     _certified(console)
+    _narrow(console)
     sys.exit(not same)
 
 
@@ -44,7 +50,7 @@ def _lossless(console: Console) -> bool:
     console.print(f"Plain and speculative answers are {'equal' if same else 'NOT EQUAL'}.\n")
     runs = {"plain, full depth": plain, f"lossless, draft at {DRAFT_DEPTH}": speculative}
     _costs(console, runs)
-    _compare(console, "Speculation", speculative.figures.seconds / plain.figures.seconds)
+    _compare(console, "Speculation", [speculative], [plain])
     console.print("`offramp inspect` says beforehand whether it can pay.\n")
     return same
 
@@ -70,12 +76,31 @@ def _certified(console: Console) -> None:
     _costs(console, {"full depth": full[0], "certified exits": early[0]})
     depths = [depth for output in early[0].outputs for depth in output.depths]
     left = sum(depth < model.backbone.shape.num_layers for depth in depths) / len(depths)
-    ratio = statistics.median(
-        one.figures.as_dict()["tokens_per_second"] / other.figures.as_dict()["tokens_per_second"]  # type: ignore[operator]
-        for one, other in zip(full, early, strict=True)
-    )
     console.print(f"{left:.0%} of the tokens left early.")
-    _compare(console, f"Leaving, per token, median of {ROUNDS} rounds in turns,", ratio)
+    _compare(console, f"Leaving, per token, median of {ROUNDS} rounds in turns,", early, full)
+
+
+def _narrow(console: Console) -> None:
+    """Say in a sentence what a list of attributes tells: half the layers were taught to."""
+    plan = read_plan(shipped.plan(shipped.NARROW))
+    narrow = offramp.load(shipped.NARROW, weights="int8")
+    whole = offramp.load(weights="int8")
+    kept, depth = narrow.backbone.shape.num_layers, whole.backbone.shape.num_layers
+    console.print(f"{narrow.name}: {kept} of the {depth} layers, for one task (E2E).\n")
+    small, full = [], []
+    for _ in range(ROUNDS):
+        small.append(narrow.generate(MEANINGS, plan=plan, max_new_tokens=48, batch_size=1))
+        full.append(whole.generate(MEANINGS, raw=True, max_new_tokens=48, batch_size=1))
+    for meaning, output in zip(MEANINGS, small[0].outputs, strict=True):
+        console.print(f"[bold]{meaning.splitlines()[0]}[/bold]\n{output.text.strip()}")
+    console.print()
+    _costs(
+        console, {f"all {depth} layers, untuned": full[0], f"{kept} layers, certified": small[0]}
+    )
+    _compare(console, f"{kept} layers, per token, median of {ROUNDS} rounds in turns,", small, full)
+    console.print(
+        "docs/tuning.md says how close their sentences are to those of all layers, tuned alike."
+    )
 
 
 def _costs(console: Console, runs: dict[str, Result]) -> None:
@@ -89,9 +114,18 @@ def _costs(console: Console, runs: dict[str, Result]) -> None:
     table("cost (operations and weights read against full depth)", head, rows, console)
 
 
-def _compare(console: Console, what: str, ratio: float) -> None:
+def _compare(console: Console, what: str, ours: Sequence[Result], full: Sequence[Result]) -> None:
+    """Say how much faster or slower a token was, median over the rounds."""
+    ratio = statistics.median(
+        _seconds(one) / _seconds(other) for one, other in zip(ours, full, strict=True)
+    )
     word = "slower" if ratio > 1 else "faster"
     console.print(f"{what} was {max(ratio, 1 / ratio):.2f} times {word} than full depth here.")
+
+
+def _seconds(run: Result) -> float:
+    """Return the seconds of a token."""
+    return run.figures.seconds / run.figures.tokens
 
 
 if __name__ == "__main__":

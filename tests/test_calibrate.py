@@ -24,8 +24,9 @@ from offramp.calibrate.settings import pricing
 from offramp.calibrate.texts import counted, text_hash
 from offramp.calibrate.verify import noise
 from offramp.card import CARD
-from offramp.checks import FULL_HEAD
+from offramp.checks import FULL_HEAD, GateFile
 from offramp.errors import OfframpError, UsageError
+from offramp.gate import fit_gate
 from offramp.plan import Plan, read_plan, sealed, write_plan
 from offramp.runs import Exit
 from offramp.trace import load_trace, record, replay
@@ -166,6 +167,22 @@ def test_the_policys_own_text_replays_to_what_it_did(tiny: offramp.Model, traced
         assert loss == pytest.approx(sum(differs) / len(differs))
 
 
+def test_a_gates_own_text_replays_to_what_it_did(tiny: offramp.Model, tmp_path: Path) -> None:
+    """A gate has no column in a trace: its scores are those of the states."""
+    ids = [[60 + i, 70, 80 - i] for i in range(6)]
+    kept = record(tiny.backbone, [(one * 6, 3) for one in ids], (2, 4), keep_hidden=True)
+    fit_gate(kept).save(tmp_path / "gates.safetensors")
+    gate = GateFile(file=str(tmp_path / "gates.safetensors"))
+    run = Exit(signal="gate", thresholds={2: 0.02, 4: 0.3}, check=gate)
+    own = write(tiny.backbone, [(one, 12) for one in ids], run)
+    losses = replayed_losses(tiny.backbone, own, run, "disagreement")
+    for (text, first), loss in zip(own, losses, strict=True):
+        chosen = record(tiny.backbone, [(text, first)], ()).chosen[:, 0].tolist()
+        differs = [a != b for a, b in zip(text[first:], chosen, strict=True)]
+        assert loss == pytest.approx(sum(differs) / len(differs))
+    assert losses.any()
+
+
 def test_divergence_does_not_drift(tiny: offramp.Model, traced: Path) -> None:
     """The policy's answer differs from the full model's just where the replay says so."""
     trace = load_trace(traced)
@@ -269,13 +286,17 @@ def test_the_command_line_writes_a_certified_plan(
     assert "not measured" in shown
 
 
+@pytest.mark.parametrize("exits", ["2,4", "4,6", "6"])
 def test_a_plan_with_a_short_head_is_certified_for_what_that_chooses(
-    shell: Shell, checkpoint: Path, tmp_path: Path
+    shell: Shell, checkpoint: Path, tmp_path: Path, exits: str
 ) -> None:
-    """Its trace, its certificate, its drift and its audit are all of the tokens it writes."""
+    """Its trace, its certificate, its drift and its audit are all of the tokens it writes.
+
+    With a short head the last of the 6 layers may be an exit, too.
+    """
     prompts, out, trace = (tmp_path / name for name in ("p.txt", "plan.json", "t.safetensors"))
     prompts.write_text("".join(f"tell me of {i}\n" for i in range(24)))
-    base = ["calibrate", checkpoint, "--backbone", "hf", "--prompts", prompts, "--exits", "2,4"]
+    base = ["calibrate", checkpoint, "--backbone", "hf", "--prompts", prompts, "--exits", exits]
     more = ["--alpha", 0.98, "--delta", 0.6, "--method", "betting", "--max-new-tokens", 6]
     short = ("--check", "full", "--head", "shortlist:99")  # a full check looks at what chooses
     record = shell.json(*base, *more, *short, "--out", out)

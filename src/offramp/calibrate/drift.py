@@ -14,7 +14,9 @@ import torch
 from offramp.backbone import Backbone
 from offramp.calibrate.bounds import Floats
 from offramp.calibrate.replays import replay_all
+from offramp.calibrate.settings import scores_at
 from offramp.certificate import Drift
+from offramp.checks import GateFile
 from offramp.errors import UsageError
 from offramp.plan import execute
 from offramp.request import Request
@@ -43,13 +45,13 @@ def replayed_losses(
         risk: one of :data:`offramp.calibrate.risks.RISKS`.
         eos: tokens that end a text, which a short head can choose as well.
     """
-    if run.signal == "gate":
-        raise UsageError("the check in use replays scores, and a gate has none in a trace")
-    exits = run.policy.exits
-    trace = record(backbone, texts, exits, check=run.check, head=run.head, ends=eos)
+    exits, gated = run.policy.exits, isinstance(run.check, GateFile)
+    trace = record(
+        backbone, texts, exits, keep_hidden=gated, check=run.check, head=run.head, ends=eos
+    )
     losses: Floats = replay_all(
         trace,
-        trace.scores[run.signal],
+        scores_at(trace, run.signal, exits, run.sees),
         exits,
         torch.tensor([[run.thresholds[depth] for depth in exits]]),
         max_waiting=run.max_waiting,

@@ -73,8 +73,7 @@ def seen(trace: Trace, signal: str, exits: Sequence[int], check: Check) -> Tenso
         raise UsageError(
             f"{len(exits)} exits are too many to set jointly; name up to {MOST_EXITS} with --exits"
         )
-    columns = [trace.exits.index(depth) for depth in exits]
-    scores = _scores(trace, signal, columns, check)
+    scores = scores_at(trace, signal, exits, check)
     if scores.isnan().any():
         raise UsageError(
             f"the signal {signal} is NaN on {int(scores.isnan().any(1).sum())} tokens of the "
@@ -88,7 +87,13 @@ def seen(trace: Trace, signal: str, exits: Sequence[int], check: Check) -> Tenso
     return scores
 
 
-def _scores(trace: Trace, signal: str, columns: list[int], check: Check) -> Tensor:
+def scores_at(trace: Trace, signal: str, exits: Sequence[int], check: Check) -> Tensor:
+    """Return the signal at some of the trace's exits, ``[T, E]`` fp32, whatever it says.
+
+    Raises:
+        UsageError: a check, a signal or gates that the trace has no scores for.
+    """
+    columns = [trace.exits.index(depth) for depth in exits]
     if isinstance(check, GateFile):
         return _gated(trace, columns, check)
     if str(check) != trace.check:

@@ -317,8 +317,7 @@ def _drift(model: Model, trace: Trace, found: Calibration, batch_size: int) -> D
     from offramp.calibrate.drift import measure, prompts_of
     from offramp.calibrate.risks import RISKS
 
-    # A recorded trace has no column of a gate's scores; and see ``on_own_text``.
-    if found.way.check.kind == "gate" or not RISKS[found.goal.risk].on_own_text:
+    if not RISKS[found.goal.risk].on_own_text:
         return None
     held_out = found.parts.held_out
     from tqdm import tqdm
