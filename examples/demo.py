@@ -76,7 +76,8 @@ def _certified(console: Console) -> None:
     _costs(console, {"full depth": full[0], "certified exits": early[0]})
     depths = [depth for output in early[0].outputs for depth in output.depths]
     left = sum(depth < model.backbone.shape.num_layers for depth in depths) / len(depths)
-    console.print(f"{left:.0%} of the tokens left early.")
+    spared = 1 - early[0].figures.work.head_rows / len(depths)
+    console.print(f"{left:.0%} of the tokens left early, {spared:.0%} were spared the full head.")
     _compare(console, f"Leaving, per token, median of {ROUNDS} rounds in turns,", early, full)
 
 

@@ -1,4 +1,4 @@
-"""What comes with offramp: exits that leave the default model as it was, and a certified plan."""
+"""What comes with offramp: exits over the default model, half of its layers for a narrow task."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from offramp.runs import Exit
 from offramp.text import encode
 from offramp.trace import record
 
+NAMES = ["The Amber Kettle", "Quiet Harbour"]
+MEANINGS = [
+    f"name: {NAMES[0]} | type: pub | food: Greek | price: cheap | area: riverside\nText:",
+    f"name: {NAMES[1]} | type: coffee shop | rating: 5 out of 5 | near: The Rusty Fox\nText:",
+]
 PROMPTS = ["Why is the sky blue?", "Name three fruits.", "Write a haiku about rain."]
 
 
@@ -23,10 +28,11 @@ def test_a_local_folder_of_that_name_goes_first(
     """A name never hides what the user has; any other name is a path."""
     assert shipped.folder("elsewhere") is shipped.folder(None) is None
     assert shipped.plan("my.json") == Path("my.json")
-    assert shipped.folder(shipped.EXITS) == shipped.plan(shipped.EXITS).parent
-    (tmp_path / shipped.EXITS).mkdir()
     monkeypatch.chdir(tmp_path)
-    assert shipped.folder(shipped.EXITS) is None
+    for name in shipped.NAMES:
+        assert shipped.folder(name) == shipped.plan(name).parent
+        (tmp_path / name).mkdir()
+        assert shipped.folder(name) is None
 
 
 def test_all_of_it_is_small() -> None:
@@ -56,13 +62,31 @@ def test_the_exits_leave_the_model_as_it_was_and_know_it(smol: offramp.Model) ->
 
 
 @pytest.mark.real
-def test_the_plan_is_certified_for_the_exits_and_runs() -> None:
+@pytest.mark.parametrize(
+    ("name", "prompts"), [(shipped.EXITS, PROMPTS), (shipped.NARROW, MEANINGS)]
+)
+def test_a_plan_is_certified_for_its_model_and_spares_work(name: str, prompts: list[str]) -> None:
     """As sealed: nobody changed it, it is for these weights, and tokens do leave."""
-    plan = read_plan(shipped.plan(shipped.EXITS))
+    plan = read_plan(shipped.plan(name))
     assert plan.certificate is not None
     assert plan.certificate.weights == "int8"
-    model = offramp.load(shipped.EXITS, weights="int8")
+    model = offramp.load(name, weights="int8")
     plan.check(model.backbone)
     assert isinstance(plan.run, Exit)
-    depths = model.generate(PROMPTS, plan=plan, max_new_tokens=24).outputs
-    assert min(depth for one in depths for depth in one.depths) in plan.run.thresholds
+    said = model.generate(prompts, plan=plan, max_new_tokens=24)
+    depths = [depth for one in said.outputs for depth in one.depths]
+    assert min(depths) in plan.run.thresholds
+    assert said.figures.work.head_rows < 0.8 * len(depths)  # who leaves is spared the full head
+
+
+@pytest.mark.real
+def test_sixteen_layers_write_a_sentence_that_repeats_the_names() -> None:
+    """Names that nobody taught it; the default model, asked as plainly, does not know the task."""
+    model = offramp.load(shipped.NARROW, weights="int8")
+    assert model.backbone.shape.num_layers == 16
+    plan = read_plan(shipped.plan(shipped.NARROW))
+    for output, name in zip(
+        model.generate(MEANINGS, plan=plan, max_new_tokens=48).outputs, NAMES, strict=True
+    ):
+        assert name in output.text
+        assert output.finish_reason == "stop"
