@@ -174,3 +174,26 @@ def evaluated(record: dict[str, Any]) -> str:
         f"{machine['processor']}; meaning is the cosine by MiniLM, 95% intervals over items. "
         f"Written by `{record['command']}`."
     )
+
+
+def sublayers(record: dict[str, Any]) -> str:
+    """Return what is lost where whole layers, or attention and MLP apart, are left out."""
+    rows: dict[float, dict[str, dict[str, Any]]] = {}
+    for row in record["rows"]:
+        rows.setdefault(round(row["share"], 1), {})[row["parts"]] = row
+    lines = [
+        "| weights left out | whole layers | loss | attention and MLP apart | loss |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for share, by in rows.items():
+        whole, halves = by["layers"], by["halves"]
+        kinds = [kind for _, kind in halves["out"]]
+        split = f"{kinds.count('attention')} attention, {kinds.count('mlp')} MLP"
+        lines.append(
+            f"| {share:.0%} | {len(whole['out'])} | {whole['loss']:.2f} | {split} "
+            f"| {halves['loss']:.2f} |"
+        )
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, nats per token on {record['tokens']} tokens of {record['data']}; "
+        f"with everything {record['full']['loss']:.2f}. Written by `{record['command']}`."
+    )

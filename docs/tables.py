@@ -13,7 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deciding_tables import adainfer, control, evaluated, oracle, policies, skip_exit
+from deciding_tables import (
+    adainfer,
+    control,
+    evaluated,
+    oracle,
+    policies,
+    skip_exit,
+    sublayers,
+)
 from paper_tables import lite
 
 ROOT = Path(__file__).parent.parent
@@ -242,7 +250,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     },
     "docs/laws.md": {"lossless": lossless},
     "docs/oracle.md": {"oracle": oracle},
-    "docs/search.md": {"control": control},
+    "docs/search.md": {"control": control, "sublayers": sublayers},
     "docs/results.md": {
         "lite": lite,
         "adainfer": adainfer,
