@@ -13,6 +13,7 @@ from typing import Any
 import narrow
 import narrow_tokens
 import pytest
+import ship_narrow
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,11 @@ from offramp.checks import Tokens
 from offramp.evaluate.intervals import Difference, paired
 from offramp.evaluate.meanings import Meaning, as_prompt, parse_meaning, parse_prompt
 from offramp.evaluate.overlap import common, rouge_l
+from offramp.hf.delta import is_grouped, rounded
+from offramp.hf.load import load_checkpoint
 from offramp.step import step
+from offramp.tune.data import Example
+from tests.test_delta import save_wide
 
 LAW = settings(deadline=None, max_examples=60)
 short = st.lists(st.sampled_from("abc"), max_size=7)
@@ -315,3 +320,32 @@ def test_arms_of_one_model_share_it(checkpoint: Path, tmp_path: Path) -> None:
     assert [arm.full for arm in arms] == [True, False]
     with pytest.raises(offramp.UsageError):
         open_arms([("a", source, "9")], "fp32")
+
+
+def test_a_change_learns_to_bear_its_rounding(tmp_path: Path) -> None:
+    """Rounded, it then says more nearly what the tuned model says than untaught."""
+    base = save_wide(tmp_path / "base")
+    tuned, tokenizer, _ = load_checkpoint(str(base))
+    draw = torch.Generator().manual_seed(0)
+    for weight in tuned.parameters():
+        weight.data += 0.05 * torch.randn(weight.shape, generator=draw)
+    tuned.save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    examples = [
+        Example(torch.randint(4, 259, (12,), generator=draw).tolist(), 3) for _ in range(64)
+    ]
+    teacher, origin = load_checkpoint(str(tmp_path / "tuned"))[0], load_checkpoint(str(base))[0]
+    taught = load_checkpoint(str(tmp_path / "tuned"))[0]
+    assert ship_narrow.teach(origin, taught, examples, 12 * 16 * 30) == 12 * 16 * 30
+
+    def distance(model: Any) -> float:
+        with torch.no_grad():
+            for (_, weight), (_, before) in zip(
+                model.named_parameters(), origin.named_parameters(), strict=True
+            ):
+                if is_grouped(weight):
+                    weight.copy_(before + rounded(weight - before))
+            return float(ship_narrow._divergence(model, teacher, examples))
+
+    untaught = load_checkpoint(str(tmp_path / "tuned"))[0]
+    assert distance(taught) < 0.85 * distance(untaught)
