@@ -311,6 +311,13 @@ def test_a_plan_with_a_short_head_is_certified_for_what_that_chooses(
         "trace", checkpoint, "--backbone", "hf", "--prompts", prompts, "--plan", out, "--out", trace
     )
     assert load_trace(trace).head == "shortlist:99"
+    record_only = ("trace", checkpoint, "--backbone", "hf", "--prompts", prompts, "--exits", exits)
+    shell(*record_only, "--head", "shortlist:99", "--max-new-tokens", 6, "--out", trace)
+    once = shell.json(
+        "calibrate", checkpoint, "--backbone", "hf", "--trace", trace, *short, *more[:-2]
+    )
+    assert once["plan"]["run"] == record["plan"]["run"]
+    shell.refused(2, "leave out --head", *record_only, "--plan", out, "--head", "shortlist:99")
 
 
 def test_bad_input_ends_in_one_line(

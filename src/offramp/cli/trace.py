@@ -50,6 +50,7 @@ def trace(
     plan: o.PlanFile = None,
     threshold: o.ThresholdText = None,
     check: o.CheckText = None,
+    head: o.HeadText = None,
     classifier: o.ClassifierFile = None,
     exit_prompt: o.ExitPrompt = False,
     raw: o.Raw = False,
@@ -72,16 +73,18 @@ def trace(
     they are kept.
     """
     depths = o.parse_depths(exits)
-    alone = threshold is None and classifier is None  # then a check is for the record only
+    alone = threshold is None and classifier is None  # then check and head are for the record only
     chosen = o.parse_plan(
         plan,
         threshold=threshold,
         check=None if alone else check,
+        head=None if alone else head,
         classifier=classifier,
         exit_prompt=exit_prompt,
     )
-    if alone and check is not None and plan is not None:
-        raise UsageError("a plan has its own check; leave out --check with --plan")
+    for name, value in (("--check", check), ("--head", head)):
+        if alone and value is not None and plan is not None:
+            raise UsageError(f"a plan has its own check and head; leave out {name} with --plan")
     wanted = o.read_prompt_options(prompt, prompts, limit)
     if bool(wanted) == (run is not None):
         raise UsageError("name one thing to trace: --prompt TEXT, --prompts FILE or --run FILE")
@@ -90,7 +93,7 @@ def trace(
         chosen = plan_of(earlier)
     from rich.console import Console
 
-    from offramp.checks import parse_check
+    from offramp.checks import parse_check, parse_head
     from offramp.cli.detail import curve, details, exit_rows, signal_of
     from offramp.cli.output import environment, finish, table
     from offramp.model import load
@@ -115,8 +118,10 @@ def trace(
         )
     looked_at = check_of(chosen) if check is None or not alone else parse_check(check)
     keep_hidden |= looked_at.kind == "gate"
-    head = chosen.run.head if isinstance(chosen.run, Exit) else None
-    recorded = traced(loaded, texts, depths, keep_hidden=keep_hidden, check=looked_at, head=head)
+    chosen_by = chosen.run.head if isinstance(chosen.run, Exit) else parse_head(head or "full")
+    recorded = traced(
+        loaded, texts, depths, keep_hidden=keep_hidden, check=looked_at, head=chosen_by
+    )
     if out is not None:
         recorded.save(out)
     rows = exit_rows(recorded)
