@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import skip_gates
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import offramp
 from offramp.batch import Text
 from offramp.decode import decode
 from offramp.errors import OfframpError, UsageError
 from offramp.plan import Plan, execute
 from offramp.runs import Skip
 from offramp.skipping import SkipFacts, SkipGates, load_skip_gates, skip, skip_step
+from offramp.trace import record
+from offramp.tune.data import Example
 from offramp.tune.run import tune
 from tests.test_cli import Shell
 from tests.test_cli import shell as shell
@@ -242,3 +246,20 @@ def test_other_files_and_models_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match="skip gates were trained with"):
             next(skip(opened("llama"), [Recorder().request([5], 1)], other))
+
+
+def test_forced_answers_lose_what_a_full_pass_says(tiny: offramp.Model) -> None:
+    """The experiment's arms: all layers as static gates, and a path as it is without any."""
+    shape = tiny.backbone.shape
+    examples = [Example(list(range(40, 60)), 5), Example(list(range(90, 110)), 9)]
+    texts = [(one.ids, one.first) for one in examples]
+    loss = record(tiny.backbone, texts, ()).loss.mean().item()
+    every = skip_gates.static(tiny, range(shape.num_layers))
+    row = skip_gates.arm(tiny, every, examples, "all layers")
+    assert row["loss"] == pytest.approx(loss, abs=1e-4)
+    assert (row["layers"], row["spread"], row["operations"]) == (shape.num_layers, 0, 1)
+    some = skip_gates.arm(tiny, skip_gates.static(tiny, [0, 2, 5]), examples, "three")
+    assert (some["layers"], some["spread"]) == (3, 0)
+    assert some["operations"] < 1
+    kept = list(skip_gates.paths(tiny, examples, examples, [3]))
+    assert [one["layers"] for one in kept] == [3, 3]
