@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    if options.tokens and not options.rows:
+        parser.error("--tokens are of --rows; give a file")
     whole, tokenizer, name = load_checkpoint(None)
     run, card = read_plan(options.layers).run, read_card(options.model)
     assert isinstance(run, SubModel), "no plan of a sub-model"
@@ -68,7 +70,7 @@ def main() -> None:
         card = card.model_copy(update={"data": told})
     options.out.mkdir(parents=True, exist_ok=True)
     write_delta(options.out, base, tuned)
-    write_card(options.out, card.model_copy(update={"base": known, "exits": ()}))
+    write_card(options.out, card.model_copy(update={"base": known, "exits": (), "readouts": {}}))
     print(f"{(options.out / DELTA).stat().st_size / 1e6:.1f} MB for layers {list(run.layers)}")
 
 
@@ -85,10 +87,11 @@ def teach(
             tuned.named_parameters(),
             strict=True,
         )
-        if is_grouped(weight)
+        if is_grouped(weight.shape)
     ]
     teacher, _, _ = load_checkpoint(tuned.name_or_path)
     optimizer = torch.optim.AdamW([wanted for *_, wanted in apart], lr=RATE, weight_decay=0.0)
+    assert len(examples) >= ROWS, "too few rows to learn from"
     mean = sum(len(one.ids) for one in examples) / len(examples)
     steps = max(round(tokens / mean / ROWS), 1)
     seen = 0

@@ -307,12 +307,12 @@ def test_a_plan_with_a_short_head_is_certified_for_what_that_chooses(
     said = ["generate", checkpoint, "--backbone", "hf", "--prompts", prompts, "--plan", out]
     answers = shell.json(*said, "--max-new-tokens", 6, "--audit", 1)
     assert answers["audit"]["seen"] == 24
-    shell(
-        "trace", checkpoint, "--backbone", "hf", "--prompts", prompts, "--plan", out, "--out", trace
-    )
+    record_only = ("trace", checkpoint, "--backbone", "hf", "--prompts", prompts, "--out", trace)
+    shell.json(*record_only, "--plan", out)
     assert load_trace(trace).head == "shortlist:99"
-    record_only = ("trace", checkpoint, "--backbone", "hf", "--prompts", prompts, "--exits", exits)
-    shell(*record_only, "--head", "shortlist:99", "--max-new-tokens", 6, "--out", trace)
+    shell.json(*record_only, "--head", "shortlist:99", "--max-new-tokens", 6)
+    assert load_trace(trace).exits == (1, 2, 3, 4, 5, 6)
+    shell.json(*record_only, "--exits", exits, "--head", "shortlist:99", "--max-new-tokens", 6)
     once = shell.json(
         "calibrate", checkpoint, "--backbone", "hf", "--trace", trace, *short, *more[:-2]
     )

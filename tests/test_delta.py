@@ -27,6 +27,7 @@ from tests.tuned import card_of, said
 __all__ = ["shell"]  # a fixture
 
 LAYERS = (0, 2, 5)
+Shape = tuple[int, ...]
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +36,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_wide(tmp_path_factory.mktemp("base") / "model")
 
 
-def save_wide(folder: Path) -> Path:
+def save_wide(folder: Path, inner: int = 3 * GROUP) -> Path:
     """Write a random model of 6 layers, two groups wide."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=259,
         hidden_size=2 * GROUP,
-        intermediate_size=3 * GROUP,
+        intermediate_size=inner,
         num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -146,6 +147,13 @@ def _edited(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path
     return spoil
 
 
+def _sign(tensors: dict[str, torch.Tensor], name: str, signs: Shape, scales: Shape) -> None:
+    """Keep a bit per weight where all of it was kept."""
+    del tensors[f"{name}.added"]
+    tensors[f"{name}.sign"] = torch.zeros(signs, dtype=torch.uint8)
+    tensors[f"{name}.scale"] = torch.zeros(scales, dtype=torch.float16)
+
+
 NAME = "model.layers.1.mlp.up_proj.weight"
 SPOILT: list[tuple[str, Callable[[Path], None]]] = [
     ("is no safetensors file", _truncated),
@@ -157,6 +165,8 @@ SPOILT: list[tuple[str, Callable[[Path], None]]] = [
     ("does not fit", _edited(lambda t: t.update({f"{NAME}.sign": t[f"{NAME}.sign"].float()}))),
     ("does not fit", _edited(lambda t: t.update({f"{NAME}.sign": t[f"{NAME}.sign"][1:]}))),
     ("does not fit", _edited(lambda t: t.update({"model.norm.weight.sign": torch.zeros(8)}))),
+    ("does not fit", _edited(lambda t: _sign(t, "model.norm.weight", (0, 0), (0, 0)))),
+    ("does not fit", _edited(lambda t: _sign(t, "model.norm.weight", (2 * GROUP // 8,), (2,)))),
     ("finite", _edited(lambda t: t.update({f"{NAME}.scale": t[f"{NAME}.scale"] * torch.inf}))),
 ]
 
@@ -167,6 +177,16 @@ def test_a_spoilt_file_is_refused(folder: Path, words: str, spoil: Callable[[Pat
     spoil(folder / DELTA)
     with pytest.raises(OfframpError, match=words):
         offramp.load(str(folder))
+
+
+def test_bits_of_rows_that_are_no_groups_are_refused(tmp_path: Path) -> None:
+    """Such a weight is kept whole; a file that says otherwise is spoilt."""
+    small, changed = tuned_on(save_wide(tmp_path / "base", inner=100))
+    write_delta(tmp_path, small, changed)
+    name = "model.layers.1.mlp.down_proj.weight"
+    _edited(lambda t: _sign(t, name, (2 * GROUP, 12), (2 * GROUP, 1)))(tmp_path / DELTA)
+    with pytest.raises(OfframpError, match="does not fit"):
+        with_delta(small, tmp_path)
 
 
 def test_another_base_is_refused(shell: Shell, folder: Path, tmp_path: Path) -> None:

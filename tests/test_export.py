@@ -15,6 +15,7 @@ from offramp.batch import Text
 from offramp.card import read_card, write_card
 from offramp.errors import UnsupportedModelError
 from offramp.hf import export as exporting
+from offramp.hf.cut import cut
 from offramp.hf.export import export
 from offramp.hf.load import load_checkpoint, quiet
 from offramp.hf.tuned import load_tuned
@@ -159,7 +160,7 @@ def test_what_is_not_the_exit_is_not_put_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the reason: here one norm was changed a little on the way."""
-    backbone, cut = generic("llama"), exporting.cut
+    backbone = generic("llama")
 
     def spoilt(*args: Any) -> Any:
         small = cut(*args)

@@ -374,9 +374,13 @@ def test_the_tokenizer_of_the_tuned_model_goes_before_that_of_its_base(
 def test_who_learnt_raw_prompts_is_asked_in_raw_prompts(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Without a flag: the card says how it was tuned, and no template is put around a prompt."""
-    folder = Path(shutil.copytree(folders["adapter"], tmp_path / "adapter"))
-    for raw, told in ((True, None), (False, "messages")):
-        edit(folder / CARD, recipe={"name": "lite", "settings": {"raw": raw}})
-        template = offramp.load(str(folder), backbone="hf").tokenizer.chat_template
-        assert template is None if told is None else told in template
+    """Without a flag: the card says how it was tuned, and no template is put around a prompt.
+
+    Readouts leave the model as it is, so it keeps its own.
+    """
+    for form in FORMS:
+        folder = Path(shutil.copytree(folders[form], tmp_path / form))
+        for raw in (True, False):
+            edit(folder / CARD, recipe={"name": "lite", "settings": {"raw": raw}})
+            template = offramp.load(str(folder), backbone="hf").tokenizer.chat_template
+            assert (template is None) == (raw and form != "readouts")

@@ -31,7 +31,8 @@ class Way:
     def check(self, num_layers: int) -> None:
         """Refuse exits that the path does not have (UsageError)."""
         depth = num_layers if self.layers is None else len(self.layers)
-        check_exits(self.policy.exits, depth, short_head=self.exit_head is not None)
+        short = self.exit_head is not None and self.layers is None  # a path has a head of its own
+        check_exits(self.policy.exits, depth, short_head=short)
 
 
 def decode(

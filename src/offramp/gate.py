@@ -24,6 +24,7 @@ from torch.nn import functional
 from offramp.backbone import Backbone
 from offramp.errors import OfframpError, UsageError
 from offramp.files import write_tensors
+from offramp.policy import check_exits
 from offramp.probe import Probe
 from offramp.trace import Trace
 from offramp.watch import Bars
@@ -187,6 +188,7 @@ def fit_gate(trace: Trace, *, l2: float = 0.3) -> GateWeights:
         )
     if not trace.exits:
         raise UsageError("the trace has no exit to fit a gate for")
+    check_exits(trace.exits, trace.num_layers)  # of a short head it may have the last layer, too
     if not 0 < l2 < math.inf:
         raise UsageError(f"l2 must be positive, not {l2}")
     fitted = [

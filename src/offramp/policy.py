@@ -50,10 +50,11 @@ def check_exits(exits: Sequence[int], num_layers: int, *, short_head: bool = Fal
     """
     if any(b <= a for a, b in pairwise(exits)):
         raise UsageError(f"exits must ascend without repeats, not {list(exits)}")
-    if exits and (exits[0] < 1 or exits[-1] >= num_layers + short_head):
+    most = num_layers if short_head else num_layers - 1
+    if exits and (exits[0] < 1 or exits[-1] > most):
+        only = "" if short_head else ", and leaving after the last one needs a short head"
         raise UsageError(
-            f"exits {list(exits)} are outside 1 to {num_layers - 1}: the model has {num_layers} "
-            "layers, and leaving after the last one is not leaving unless a short head chooses"
+            f"exits {list(exits)} are outside 1 to {most}: the model has {num_layers} layers{only}"
         )
 
 

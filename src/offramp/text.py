@@ -104,7 +104,8 @@ def encode(tokenizer: Any, prompt: Prompt, *, raw: bool = False) -> list[int]:
         ids = tokenizer(prompt)["input_ids"]
     else:
         raise UsageError(
-            "these are chat messages, but the model has no chat template (or --raw is set)"
+            "these are chat messages, but the model has no chat template, or was tuned on raw "
+            "prompts, or --raw is set"
         )
     return list(ids)
 

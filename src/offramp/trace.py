@@ -51,7 +51,7 @@ class Trace:
     rows: tuple[int, ...]
     """Counted rows of each text: its last ``rows`` positions but one."""
     chosen: Tensor
-    """``[T, E + 1]`` int32: what ``head`` chooses at each exit, the full one at the last layer."""
+    """``[T, E + 1]`` int32: what ``head`` chooses at each exit; last, what the full one does."""
     loss: Tensor
     """``[T, E + 1]`` fp32: cross-entropy of the text's own next token, in nats."""
     scores: dict[str, Tensor]
@@ -171,7 +171,7 @@ def record(
     Args:
         backbone: what runs the layers.
         texts: (token ids, number of leading tokens that are given and not counted).
-        exits: depths to look at; every depth by default.
+        exits: depths to look at; every depth by default, with a short head the last one, too.
         keep_hidden: keep the states, so that policies that look at them can be replayed too.
         check: what the signals are computed from; losses are always the full head's.
         head: what chooses at an exit, as in :class:`offramp.Exit`; it is the check, too, where that
@@ -183,8 +183,9 @@ def record(
             counted token.
     """
     depth = backbone.shape.num_layers
-    exits = tuple(range(1, depth)) if exits is None else tuple(exits)
-    check_exits(exits, depth, short_head=head != FULL_HEAD)
+    short = head != FULL_HEAD
+    exits = tuple(range(1, depth + short)) if exits is None else tuple(exits)
+    check_exits(exits, depth, short_head=short)
     check = head if check == FULL_HEAD else check
     for part in (check, head):
         part.must_fit(backbone.shape)

@@ -13,6 +13,7 @@ from offramp.adainfer.labels import joined, labels, table
 from offramp.adainfer.linear import fit_linear
 from offramp.classifier import Classifier, Facts, Kind, Label
 from offramp.errors import UsageError
+from offramp.policy import check_exits
 from offramp.trace import Trace
 
 FEATURES = ("margin", "max_prob")
@@ -51,6 +52,7 @@ def fit_classifier(
         OfframpError: the kind is fitted by scikit-learn, which is not installed.
     """
     trace = traces if isinstance(traces, Trace) else joined(traces)
+    check_exits(trace.exits, trace.num_layers)  # of a short head it may have the last layer, too
     names = ("margin",) if kind == "rule" else features
     rows, right = table(trace, names), labels(trace, label)
     if kind == "rule":

@@ -140,7 +140,10 @@ def by_running(
 
     for run in runs:
         Plan(run=run).check(model.backbone)
-    done = sorted(((*score(run), run) for run in runs), key=lambda one: one[1])
+    # The last way is what is to be equalled; one that spares the full head runs as many layers.
+    done = sorted(
+        ((*score(run), run) for run in runs), key=lambda one: (one[1], not isinstance(one[2], Exit))
+    )
     null = None
     if sampling is not None and sampling.temperature > 0:
         again = [score(done[-1][2], k)[0] for k in range(1, len(runs) + 1)]

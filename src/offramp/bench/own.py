@@ -150,7 +150,7 @@ def describe(run: Run) -> str:
             return f"skip gates of {len(run.weights.weights)} layers"
         case Exit():
             cuts = ",".join(f"{depth}:{value:g}" for depth, value in run.policy.thresholds)
-            return f"{run.signal}={cuts} {run.kv}{_unless_full(run.check)}"
+            return f"{run.signal}={cuts} {run.kv}{_unless_full(run.sees)}"
         case Route():
             return f"route({' | '.join(describe(one) for one in run.runs)})"
 

@@ -77,7 +77,10 @@ def together(samples: Sequence[Sample]) -> Sample:
         sum(sample.decode for sample in samples),
         sum(sample.decoded for sample in samples),
         [text for sample in samples for text in sample.outputs],
-        *map(added, ("decode_bytes", "prefill_flops", "decode_flops", "predicted")),
+        decode_bytes=added("decode_bytes"),
+        prefill_flops=added("prefill_flops"),
+        decode_flops=added("decode_flops"),
+        predicted=added("predicted"),
     )
 
 

@@ -109,6 +109,8 @@ def bench(
         raise UsageError(
             "--prompts are as long as they are, one at a time: no --context, no --batch-size"
         )
+    if prompts is None and (limit or raw):
+        raise UsageError("--limit and --raw are about --prompts; give a file")
     given = o.read_prompt_options(None, prompts, limit)
     sizes = (
         o.parse_counts("--context", context or "256"),

@@ -73,7 +73,11 @@ def calibrate(
     signal: Annotated[str, typer.Option(help="What a token's threshold is on.")] = "max_prob",
     exits: Annotated[
         str | None,
-        typer.Option(metavar="DEPTH,...", help="Up to 6 exits; the trace's or the tuned model's."),
+        typer.Option(
+            metavar="DEPTH,...",
+            help="Up to 6 exits; the trace's or the tuned model's. With --head the last layer may "
+            "be one: who leaves there is spared the full head.",
+        ),
     ] = None,
     check: o.CheckText = None,
     head: o.HeadText = None,
@@ -108,6 +112,7 @@ def calibrate(
     'cannot certify' ends with status 1 and says how many more sequences would be needed.
 
     [bold]offramp calibrate --prompts mine.jsonl --exits 24,27 --alpha 0.1 --out plan.json[/bold]
+    [bold]offramp calibrate --prompts mine.jsonl --exits 30 --head shortlist:12288[/bold]
     """
     wanted = _given(prompts, trace, limit)
     depths = o.parse_depths(exits)

@@ -118,6 +118,8 @@ def trace(
         )
     looked_at = check_of(chosen) if check is None or not alone else parse_check(check)
     keep_hidden |= looked_at.kind == "gate"
+    if head is not None and alone and isinstance(chosen.run, Exit):
+        raise UsageError("the run's plan has its own head; leave out --head with --run")
     chosen_by = chosen.run.head if isinstance(chosen.run, Exit) else parse_head(head or "full")
     recorded = traced(
         loaded, texts, depths, keep_hidden=keep_hidden, check=looked_at, head=chosen_by

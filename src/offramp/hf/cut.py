@@ -6,25 +6,38 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from offramp.errors import UnsupportedModelError
 from offramp.hf.adapter import find_layers
-from offramp.hf.load import quiet
+from offramp.hf.load import line, quiet
 from offramp.paths import check_path
 
 
 def cut(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     """Return a model of these layers, ascending, that shares this one's weights.
 
-    A configuration may hold to its old number of layers in any way: what comes out may raise, or
-    say something else than the layers do in their own model, so whoever uses it compares.
+    A configuration may hold to its old number of layers in any way: what comes out may say
+    something else than the layers do in their own model. Who exports it compares; who tuned it has
+    tuned what it says.
 
     Raises:
         UsageError: the model has no such path.
-        UnsupportedModelError: its layers cannot be told from the rest of it.
+        UnsupportedModelError: its layers cannot be told from the rest of it, or no model can be
+            made of these.
     """
     whole = find_layers(model)
     check_path(layers, len(whole))
+    try:
+        return _made(model, whole, layers)
+    except Exception as error:  # of whatever in the configuration still counts all layers
+        name = f"{type(model).__name__} cut to {len(layers)} layers"
+        raise UnsupportedModelError(f"{name} is no model: {line(error)}") from error
+
+
+def _made(model: PreTrainedModel, whole: nn.ModuleList, layers: Sequence[int]) -> PreTrainedModel:
+    """Return the small model, or raise anything."""
     with quiet(), torch.device("meta"):
         small: PreTrainedModel = type(model)(_cut_config(model.config, layers))
     place = next(name for name, module in model.named_modules() if module is whole)
@@ -43,7 +56,7 @@ def cut(model: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
     # (rotary frequencies) are still on no device.
     small.load_state_dict(renamed(model.state_dict().items()), assign=True)
     saved = small.state_dict().keys()
-    for name, table in renamed(model.named_buffers()).items():
+    for name, table in renamed(model.named_buffers(remove_duplicate=False)).items():
         if name not in saved:
             module, _, buffer = name.rpartition(".")
             small.get_submodule(module).register_buffer(buffer, table, persistent=False)

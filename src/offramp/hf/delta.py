@@ -33,9 +33,9 @@ def rounded(change: Tensor) -> Tensor:
     return _spread(change >= 0, _scales(change))
 
 
-def is_grouped(change: Tensor) -> bool:
-    """Say whether a change is kept in a bit per weight."""
-    return change.dim() == 2 and change.shape[1] % GROUP == 0
+def is_grouped(shape: torch.Size) -> bool:
+    """Say whether the change of such a weight is kept in a bit per weight."""
+    return len(shape) == 2 and shape[1] % GROUP == 0
 
 
 def write_delta(folder: Path, base: PreTrainedModel, tuned: PreTrainedModel) -> None:
@@ -50,13 +50,16 @@ def write_delta(folder: Path, base: PreTrainedModel, tuned: PreTrainedModel) -> 
         OfframpError: they have not the same weights, or it cannot be written.
     """
     named, tensors = dict(base.named_parameters()), {}
+    missing = named.keys() - {name for name, _ in tuned.named_parameters()}
+    if missing:
+        raise OfframpError(f"the tuned model has no {min(missing)}, and the base has")
     for name, weight in tuned.named_parameters():
         if name not in named or named[name].shape != weight.shape:
             raise OfframpError(f"the base has no {name} of {tuple(weight.shape)}")
         change = weight.detach().float() - named[name].detach().float()
         if not change.any():
             continue
-        if is_grouped(change):
+        if is_grouped(change.shape):
             tensors[f"{name}.sign"] = _packed(change >= 0)
             tensors[f"{name}.scale"] = _scales(change)
         else:
@@ -106,12 +109,14 @@ def _read(path: Path, named: dict[str, torch.nn.Parameter]) -> Iterator[tuple[st
 
 def _change(path: Path, name: str, kind: str, parts: list[Tensor], shape: torch.Size) -> Tensor:
     """Return one weight's change, ``shape`` in fp32, or refuse parts that are none of it."""
-    expected = [(shape, torch.float16)]
-    if kind != "added":
-        rows, columns = shape if len(shape) == 2 else (0, 0)
+    expected: list[tuple[tuple[int, ...], torch.dtype]] = []  # which nothing fits
+    if kind == "added":
+        expected = [(shape, torch.float16)]
+    elif is_grouped(shape):
+        rows, columns = shape
         expected = [
-            (torch.Size((rows, columns // _BITS)), torch.uint8),
-            (torch.Size((rows, columns // GROUP)), torch.float16),
+            ((rows, columns // _BITS), torch.uint8),
+            ((rows, columns // GROUP), torch.float16),
         ]
     if [(part.shape, part.dtype) for part in parts] != expected:
         raise OfframpError(f"{path}: the change of {name} does not fit its {tuple(shape)} weights")

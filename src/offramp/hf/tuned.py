@@ -68,7 +68,7 @@ def load_tuned(
         model, tokenizer = _over_base(folder, card, weights, trust_remote_code)
     if card is None:
         return Tuned(model, tokenizer, shown)
-    if card.recipe.settings.get("raw") is True:
+    if card.recipe.settings.get("raw") is True and (is_whole(name) or _is_changed(folder)):
         tokenizer.chat_template = None  # it learnt prompts as they are, and is asked so
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     if max((*card.exits, *card.readouts), default=0) > layers:
@@ -99,7 +99,7 @@ def at_full_depth(name: str | None) -> str | None:
         return name
     folder = shipped.folder(name) or Path(str(name))
     card = read_card(folder)
-    if card is None or any((folder / name).is_file() for name in (ADAPTER_CONFIG, DELTA)):
+    if card is None or card.base.layers is not None or _is_changed(folder):
         raise UsageError(
             f"{name} is an adapter on a base model, and other programs open whole checkpoints; "
             "make one with offramp export and all its layers"
@@ -107,11 +107,18 @@ def at_full_depth(name: str | None) -> str | None:
     return None if card.base.name == DEFAULT_MODEL else card.base.name
 
 
+def _is_changed(folder: Path) -> bool:
+    """Say whether what lies over a base model changes it: readouts and gates alone do not."""
+    return any((folder / part).is_file() for part in (ADAPTER_CONFIG, DELTA))
+
+
 def _over_base(
     folder: Path, card: Card | None, weights: Weights, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, Any]:
     """Return the base model, with the folder's adapter merged if there is one, and a tokenizer."""
     adapter, dense = (folder / ADAPTER_CONFIG).is_file(), (folder / DELTA).is_file()
+    if adapter and dense:
+        raise OfframpError(f"{folder} holds two adapters, {ADAPTER_CONFIG}'s and {DELTA}")
     if not adapter and not any((folder / name).is_file() for name in (DELTA, READOUTS, GATES)):
         raise OfframpError(
             f"{folder} holds a card, but no weights, adapter, {DELTA}, {READOUTS} or {GATES}"
