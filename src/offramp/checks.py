@@ -1,14 +1,14 @@
 """How an exit looks at its rows: with the whole vocabulary head, or with something cheaper.
 
-A check decides only whether a token leaves. The token that leaves is always chosen by the full
-head, which runs once for it then (and was the check itself where the check is full).
+A check decides only whether a token leaves. The token that leaves is chosen by the full head, which
+runs once for it then (and was the check itself where the check is full), or by a short one where a
+plan says so.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +16,10 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
 
 from offramp.backbone import Backbone, Shape
 from offramp.errors import OfframpError, UsageError
-from offramp.probe import Readout
+from offramp.probe import Listed, Readout
 from offramp.records import Record
 
 _MOST = 2**31 - 1
@@ -192,16 +191,7 @@ def _among(backbone: Backbone, listed: Sequence[int], always: Iterable[int]) -> 
     """Return a readout of logits ``[N, largest token + 1]``: -inf but for these tokens."""
     tokens = torch.tensor(sorted({*listed, *always}))
     short = backbone.shortlist(tokens)
-    width = int(tokens[-1]) + 1
-    if len(tokens) == width:  # an entry's place is its id
-        return short
-
-    def readout(hidden: Tensor, depth: int) -> Tensor:
-        found = short(hidden, depth)
-        logits = found.new_full((len(found), width), -math.inf)
-        return logits.index_copy_(1, tokens.to(found.device), found)
-
-    return readout
+    return short if len(tokens) == int(tokens[-1]) + 1 else Listed(short, tokens)
 
 
 def read_tokens(path: Path) -> Tokens:

@@ -14,7 +14,7 @@ from torch import Tensor
 from offramp.backbone import Backbone
 from offramp.batch import Flow, Text
 from offramp.errors import UsageError
-from offramp.probe import Readout
+from offramp.probe import Listed, Readout
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ class Exits:
         """Return what reads out rows after ``depth`` layers; equal where one pass serves both."""
         if depth not in self._backbone.apart:
             return readout
+        if isinstance(readout, Listed):
+            return Listed(self.reader(readout.short, depth), readout.tokens)
         return At(readout, depth) if depth <= self._first else shared(self._backbone, readout)
 
     def own(self, asked: Sequence[int]) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,25 @@ from offramp.errors import UsageError
 
 Readout = Callable[[Tensor, int], Tensor]
 """``(hidden [S, D], depth) -> logits [S, V]``: norm, head and post-processing of that depth."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A readout of some vocabulary entries, each in its own place: all others are impossible."""
+
+    short: Readout
+    """Their logits side by side, ``[N, len(tokens)]``."""
+    tokens: Tensor = field(compare=False)
+    """Token ids, ascending, ``[len(tokens)]`` int64."""
+
+    def __call__(self, hidden: Tensor, depth: int) -> Tensor:
+        """Return logits ``[N, largest token + 1]`` of states ``[N, D]``."""
+        return self.spread(self.short(hidden, depth))
+
+    def spread(self, found: Tensor) -> Tensor:
+        """Return logits side by side, ``[N, len(tokens)]``, each in its own place."""
+        logits = found.new_full((len(found), int(self.tokens[-1]) + 1), -math.inf)
+        return logits.index_copy_(1, self.tokens.to(found.device), found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +60,7 @@ class Probe:
 
     @cached_property
     def logits(self) -> Tensor:
-        """Return the full head's ``[S, V]``, which chooses the token of a row that leaves.
+        """Return those that choose the token of a row that leaves, the full head's ``[S, V]``.
 
         Computed only when asked for, and reused where the check looked at them.
         """
@@ -49,12 +69,21 @@ class Probe:
                 "this policy looks at hidden states or logits, which the trace did not keep; "
                 "record it with keep_hidden=True, and replay it with the backbone"
             )
-        return self.readout(self.hidden, self.depth)
+        listed = self._listed
+        return self.readout(self.hidden, self.depth) if listed is None else listed.spread(self.seen)
 
     @property
     def is_read(self) -> bool:
-        """Return whether the full head has read these rows."""
-        return "logits" in self.__dict__  # where ``cached_property`` keeps its result
+        """Return whether what chooses the tokens has read these rows."""
+        known = self.__dict__  # where ``cached_property`` keeps its result
+        return "logits" in known or ("seen" in known and self._listed is not None)
+
+    @property
+    def _listed(self) -> Listed | None:
+        """Return what chooses, if it is what the check sees with every entry in its place."""
+        if isinstance(self.readout, Listed) and self.readout.short == self.look:
+            return self.readout
+        return None
 
     @cached_property
     def seen(self) -> Tensor:

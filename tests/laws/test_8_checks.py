@@ -594,6 +594,8 @@ def test_what_an_exit_chooses_by_is_what_a_full_check_sees(family: str) -> None:
     stayed = sum(token.depth == backbone.shape.num_layers for token in first)
     assert 0 < stayed < len(first)
     assert work.head_rows == stayed, "the full head reads only what runs to the end"
+    looks = sum(1 if token.depth == 2 else 2 for token in first) - 2 * len(prompts)
+    assert work.check_rows == looks, "what was seen is not read again to choose by"
     wrong = Plan(run=plans[0].model_copy(update={"check": Shortlist(size=9)}))
     with pytest.raises(UsageError, match="second cheap head"):
         wrong.check(backbone)

@@ -65,6 +65,8 @@ class GraphBackbone:
         self.build = f"torch {torch.__version__}, fixed shapes on {model.device.type}"
         self.cheap: dict[Hashable, nn.Module] = {}
         """Heads of cheap checks, each made once."""
+        self._looks: dict[Hashable, Readout] = {}
+        """How they read, each made once: two that are one read a row once."""
         self._fused, self._rotary = fused, rotary
         self._embedding, self._embedding_scale = model.get_input_embeddings(), embedding_scale
         self._head = model.get_output_embeddings()
@@ -141,7 +143,7 @@ class GraphBackbone:
             head, chosen = self._head, tokens.to(self._device)
             bias = None if head.bias is None else head.bias[chosen]
             self.cheap[key] = linear(head.weight[chosen], bias)
-        return self._reading(self.cheap[key])
+        return self._reading(key)
 
     @torch.no_grad()
     def low_rank(self, rank: int) -> Readout:
@@ -152,15 +154,15 @@ class GraphBackbone:
             self.cheap[rank] = nn.Sequential(
                 linear(down.to(weight.dtype), None), linear(up.to(weight.dtype), self._head.bias)
             )
-        return self._reading(self.cheap[rank])
+        return self._reading(rank)
 
-    def _reading(self, head: nn.Module) -> Readout:
+    def _reading(self, key: Hashable) -> Readout:
         @torch.no_grad()
         def readout(hidden: Tensor, _depth: int) -> Tensor:
             self.meter.checked(len(hidden))
-            return self._read(head, hidden)
+            return self._read(self.cheap[key], hidden)
 
-        return readout
+        return self._looks.setdefault(key, readout)
 
     def _read(self, head: nn.Module, hidden: Tensor) -> Tensor:
         """Return logits ``[N, outputs]`` of one head after the last norm."""

@@ -65,6 +65,8 @@ class HFBackbone:
         self.ragged = False
         self.cheap: dict[Hashable, nn.Module] = {}
         """Heads of cheap checks, each made once."""
+        self._looks: dict[Hashable, Readout] = {}
+        """How they read, each made once: two that are one read a row once."""
         self.give(Own())
         self._key: tuple[Any, ...] = ()
         self._groups: list[_Group] = []
@@ -202,7 +204,7 @@ class HFBackbone:
             head = self.cheap[key, depth if depth in self.own.heads else 0]
             return self._place.readout(head, self._mapped(hidden, depth))
 
-        return readout
+        return self._looks.setdefault(key, readout)
 
     def _prepare(self, spans: Sequence[Span]) -> list[_Group]:
         """Ask the model what its layers need for these rows; the last answer is kept."""
