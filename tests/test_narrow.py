@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import narrow
+import narrow_race
 import narrow_tokens
 import pytest
 import ship_narrow
@@ -312,6 +313,28 @@ def test_a_comparison_goes_on_where_it_stopped(
     assert len(letters) == 1 + len(set(" Ab has x.Cd has y.Ef"))
 
 
+def test_others_race_the_first_arms_model(
+    run: Callable[..., list[dict[str, Any]]],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At full depth, over the same texts: their tokens are its, and all speeds are against it."""
+    run(("full", "full"))  # which writes the rows
+    source, out = str(checkpoint), tmp_path / "race.json"
+    words = ["--rows", str(tmp_path / "rows.jsonl"), "--weights", "fp32", "--against", "hf"]
+    words += ["--arm", "all", source, "full", "--arm", "three", source, "3", "--out", str(out)]
+    words += ["--prompts", "2", "--tokens", "4", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["narrow_race.py", *words])
+    narrow_race.main()
+    record = json.loads(out.read_text())
+    assert str(tmp_path) not in json.dumps(record)
+    whole, three, other = record["rows"]
+    assert (whole["ratio_to_full"], whole["operations_to_full"]) == (1, 1)
+    assert 0.4 < three["operations_to_full"] < 0.7
+    assert (other["name"], other["full"], other["mismatches"]) == ("hf fp32", whole["name"], 0)
+
+
 def test_arms_of_one_model_share_it(checkpoint: Path, tmp_path: Path) -> None:
     """And a plan that does not fit is refused before anything is answered."""
     source = str(checkpoint)
@@ -343,7 +366,7 @@ def test_a_change_learns_to_bear_its_rounding(tmp_path: Path) -> None:
             for (_, weight), (_, before) in zip(
                 model.named_parameters(), origin.named_parameters(), strict=True
             ):
-                if is_grouped(weight):
+                if is_grouped(weight.shape):
                     weight.copy_(before + rounded(weight - before))
             return float(ship_narrow._divergence(model, teacher, examples))
 
