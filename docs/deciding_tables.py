@@ -197,3 +197,31 @@ def sublayers(record: dict[str, Any]) -> str:
         f"\n\n{record['model']}, nats per token on {record['tokens']} tokens of {record['data']}; "
         f"with everything {record['full']['loss']:.2f}. Written by `{record['command']}`."
     )
+
+
+def race(record: dict[str, Any]) -> str:
+    """Return certified plans beside full depth and other engines, on prompts of people."""
+    lines = [
+        "| contestant | decode, tokens/s (quartiles) | to ours at full depth | predicted "
+        "| operations of a token saved | other tokens than its reference |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        if row["reason"] is not None:  # such as a plan that is certified for another format
+            continue
+        (low, high), (first, third) = row["decode_quartiles"], row["ratio_quartiles"]
+        known = row["predicted_ratio"], row["operations_to_full"]
+        said = "" if known[0] is None else f"{known[0]:.2f}"
+        saved = "" if known[1] is None else f"{1 - known[1]:.1%}"
+        lines.append(
+            f"| {row['name']} | {row['decode_tokens_per_second']:.0f} ({low:.0f}-{high:.0f}) "
+            f"| {row['ratio_to_full']:.2f} ({first:.2f}-{third:.2f}) | {said} | {saved} "
+            f"| {row['mismatches'] or 0} of {row['compared'] or 0} |"
+        )
+    machine = record["machine"]
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, {machine['threads']} threads of {machine['processor']}; medians "
+        f"and quartiles of {record['rounds']} rounds in turns; against full depth in the same "
+        "format where that takes part. One other token shifts all that follows it. Written by "
+        f"`{record['command']}`."
+    )

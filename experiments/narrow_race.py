@@ -4,9 +4,11 @@ r"""A narrow task against other engines: tuned models under plans, and the first
         --arm "fine-tuned, full depth" runs/sft full --arm certified e2e-16 e2e-16 \
         --against llama.cpp hf --peers .venv-peers/bin/python --out results/race_e2e.json
 
-Other engines open the first arm's model, whole: what the task takes without us. Everybody reads the
-same prompts, one by one, and writes as many tokens, in turns; the first round warms up. How good
-the answers are is another question (narrow.py), and so is how long they get.
+Other engines open the first arm's model, whole: what the task takes without us. Those that read
+GGUF files alone can open another model of its shape (--others default), which takes as long but
+writes other tokens. Everybody reads the same prompts, one by one, and writes as many tokens, in
+turns; the first round warms up. How good the answers are is another question (narrow.py), and so
+is how long they get.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from statistics import median
 
 import torch
 from command import command
-from narrow_arms import Arm, open_arms
+from narrow_arms import Arm, open_arms, shown
 from narrow_data import read_rows
 from tqdm import tqdm
 
@@ -47,9 +49,11 @@ def main() -> None:
     ours = [_contestant(arm, first=arm is arms[0]) for arm in arms]
     longest = options.tokens + max(map(len, case.prompts))
     with ExitStack() as stack:
-        order = opening_order(options.arm[0][1], longest, None, trust_remote_code=False)
-        others, versions = peer_contestants(options.against, options.peers, order, stack)
-        who = [*ours, *others]
+        others = options.others or options.arm[0][1]
+        source = None if others == "default" else others
+        order = opening_order(source, longest, None, trust_remote_code=False)
+        theirs, versions = peer_contestants(options.against, options.peers, order, stack)
+        who = [*ours, *theirs]
         with tqdm(total=len(who) * (options.rounds + 1), unit="turn", leave=False) as bar:
             run = race(who, case, options.rounds, ceiling_meter(), lambda _name: bar.update())
     found = rows(run)
@@ -59,7 +63,8 @@ def main() -> None:
     facts = environment()
     record = {
         "command": command(),
-        "task": "e2e",
+        "model": shown(arms[0].model.name),
+        "others": shown(others),
         "seed": options.seed,
         "versions": facts["versions"] | versions,
         "machine": facts["machine"]
@@ -80,6 +85,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--weights", choices=list(BYTES), default="int8")
     parser.add_argument("--against", nargs="*", choices=[*OURS, *THEIRS], default=[])
+    parser.add_argument("--others", metavar="MODEL", help="what they open: the first arm's")
     parser.add_argument("--peers", type=Path, help="python of the peers' environment")
     parser.add_argument("--prompts", type=int, default=8, help="drawn by the seed")
     parser.add_argument("--tokens", type=int, default=32, help="as many as an answer has")

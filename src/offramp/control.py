@@ -24,7 +24,7 @@ from offramp.timing import known
 
 SHARE = 0.01
 """What trying drafts may cost, as a share of the time of plain decoding."""
-PURSE = 8.0
+PURSE = 4.0
 """What they may cost at first, and at most at once, in plain rounds."""
 KEEP = 0.98
 """What a round leaves of what was learnt before: texts change."""
