@@ -43,6 +43,22 @@ def test_weights_out_of_a_gguf_file_are_found_again(
     assert (again - weight).abs().max().item() <= 1e-6
 
 
+@pytest.mark.parametrize(("codes", "symmetric"), [(16, False), (16, True), (255, True)])
+@pytest.mark.parametrize("size", [0.1, 0.2, 0.4])
+def test_what_tuning_added_to_gguf_weights_is_not_rounded_away(
+    codes: int, symmetric: bool, size: float
+) -> None:
+    """Less than half a step of int8: some weights take it, some do not, on average it is there."""
+    weight = _grid(400, codes, symmetric=symmetric)
+    groups = weight.view(400, 4, 32)
+    step = (groups.amax(-1) - groups.amin(-1)) / 255
+    draw = torch.randn(groups.shape, generator=torch.Generator().manual_seed(2)).sign()
+    change = (size * step[..., None] * draw).flatten(1)
+    kept = dequantise(*quantise(weight + change, "int8")) - weight
+    share = (kept * change).sum() / change.square().sum()
+    assert 0.85 <= share.item() <= 1.15
+
+
 @pytest.mark.parametrize(("form", "bound"), [("int8", 0.01), ("int4", 0.12)])
 def test_any_weights_are_held_within_half_a_step(form: Format, bound: float) -> None:
     """Relative to their size, root mean square; zeros stay zeros."""

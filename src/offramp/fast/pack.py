@@ -26,6 +26,14 @@ KV_BYTES: dict[Format, float] = {"fp32": 4, "bf16": 4, "int8": _STEPPED, "int4":
 """Of a stored coordinate: bytes have a step in fp32 per 32 of a key and 64 of a value."""
 _CODES = {"fp32": FP32, "bf16": BF16, "int8": INT8_FINE, "int4": INT4}
 _ROWS = 4096  # outputs quantised at once: bounds the memory that takes
+_SAME = 1e-3  # of a step: weights that are no further off are those of the grid
+_FINE = 15 * 16.618
+"""Steps in the range of a group that no coarser grid holds.
+
+Not 255, which is 17 for each of Q4_1's: there every weight that was tuned by less than half a step
+would fall back to where it was, and all of the tuning with it. The golden ratio's fraction meets a
+coarser grid as evenly as can be, so that some go up and some go down.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,9 +78,9 @@ def _blocks(weight: Tensor, form: Format) -> Tensor:
 def quantise(weight: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
     """Return steps and minima (fp16, ``[O, I / 32]``) and codes (uint8, ``[O, I]``).
 
-    Of several ways to place the steps, each group takes the one with the least squared error.
-    Among them are those of GGUF's Q4_1, Q4_0 and Q8_0, so weights that were de-quantised from
-    there are found again without a second rounding.
+    In int4, of several ways to place the steps, each group takes the one with the least squared
+    error. In both, weights that were de-quantised from GGUF's Q4_1 or Q8_0, and in int4 Q4_0, are
+    found again without a second rounding.
     """
     parts = [_quantised(rows, form) for rows in weight.split(_ROWS)]
     step, minimum, codes = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -87,45 +95,52 @@ def dequantise(step: Tensor, minimum: Tensor, codes: Tensor) -> Tensor:
 
 def _quantised(weight: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
     groups = weight.view(len(weight), -1, GROUP)
-    best: tuple[Tensor, Tensor, Tensor] | None = None
     least = torch.full(groups.shape[:2], torch.inf)
-    for step, minimum in _candidates(groups, form):
-        codes = _codes(groups, step, minimum, 15 if form == "int4" else 255)
-        made = step.float()[..., None] * codes + minimum.float()[..., None]
-        error = (made - groups).square().sum(-1)
-        found = (step, minimum, codes)
-        if best is None:
-            best, least = found, error
-            if not error.any():  # as with weights de-quantised from the same format
-                break
-            continue
+    step, minimum = torch.zeros_like(least).half(), torch.zeros_like(least).half()
+    codes = torch.zeros_like(groups)
+    for grid in _grids(groups, form):
+        found = _codes(groups, grid.step, grid.minimum, 15 if form == "int4" else 255)
+        width = grid.step.float()[..., None]
+        error = (width * found + grid.minimum.float()[..., None] - groups).square().sum(-1)
+        if grid.whole:
+            same = error <= GROUP * (_SAME * grid.step.float()).square()
+            error = torch.where(same, 0, torch.inf)
         better = error < least
         least = torch.where(better, error, least)
-        best = (
-            torch.where(better, step, best[0]),
-            torch.where(better, minimum, best[1]),
-            torch.where(better[..., None], codes, best[2]),
-        )
-    assert best is not None
-    return best[0], best[1], best[2].to(torch.uint8).flatten(1)
+        step = torch.where(better, grid.step, step)
+        minimum = torch.where(better, grid.minimum, minimum)
+        codes = torch.where(better[..., None], found, codes)
+        if not least.any():  # as with weights de-quantised from the same format
+            break
+    return step, minimum, codes.to(torch.uint8).flatten(1)
 
 
-def _candidates(groups: Tensor, form: Format) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield steps and minima to try, in half precision."""
+@dataclass(frozen=True)
+class _Grid:
+    """Where the steps of each group may lie, in half precision, ``[O, I / 32]``."""
+
+    step: Tensor
+    minimum: Tensor
+    whole: bool = False
+    """Whether only groups take it that it holds as they are."""
+
+
+def _grids(groups: Tensor, form: Format) -> Iterator[_Grid]:
+    """Yield those to try."""
     low, high = groups.amin(-1), groups.amax(-1)
     extreme = torch.where(high.abs() > low.abs(), high, low)
     if form == "int4":
-        yield ((high - low) / 15).half(), low.half()  # Q4_1
+        yield _Grid(((high - low) / 15).half(), low.half())  # Q4_1
         half = (extreme / -8).half()
-        yield half, (half.float() * -8).half()  # Q4_0: the extreme is code 0
+        yield _Grid(half, (half.float() * -8).half())  # Q4_0: the extreme is code 0
         for share in (0.95, 0.9, 0.85):  # clipping the ends can place the rest better
             middle, reach = (low + high) / 2, (high - low) / 2 * share
-            yield (2 * reach / 15).half(), (middle - reach).half()
+            yield _Grid((2 * reach / 15).half(), (middle - reach).half())
         return
     step = (extreme.abs() / 127).half()
-    yield step, (step.float() * -128).half()  # Q8_0
-    yield ((high - low) / 15).half(), low.half()  # Q4_1, which int8 can hold as well
-    yield ((high - low) / 255).half(), low.half()
+    yield _Grid(((high - low) / 15).half(), low.half(), whole=True)  # Q4_1
+    yield _Grid(step, (step.float() * -128).half(), whole=True)  # Q8_0
+    yield _Grid(((high - low) / _FINE).half(), low.half())
 
 
 def _codes(groups: Tensor, step: Tensor, minimum: Tensor, most: int) -> Tensor:
