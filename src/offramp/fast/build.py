@@ -26,6 +26,7 @@ from offramp.files import cache_dir
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 _PARTS = (SOURCE, SOURCE.with_name("vectors.h"))
+_PACKING = SOURCE.with_name("pack.py")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-w")
 
 
@@ -52,8 +53,11 @@ def kernels() -> ctypes.CDLL:
 
 
 def version() -> str:
-    """Return what tells these kernels from others: source, flags, compiler, processor, hashed."""
-    digest = hashlib.sha256(b"".join(part.read_bytes() for part in _PARTS))
+    """Return what tells these kernels from others: source, flags, compiler, processor, hashed.
+
+    How weights are rounded for them is part of it: results are kept and compared by this.
+    """
+    digest = hashlib.sha256(b"".join(part.read_bytes() for part in (*_PARTS, _PACKING)))
     digest.update(repr((_FLAGS, _compiler(), platform.machine(), _processor())).encode())
     return digest.hexdigest()[:16]
 
