@@ -19,6 +19,7 @@ from deciding_tables import (
     evaluated,
     oracle,
     policies,
+    race,
     skip_exit,
     sublayers,
 )
@@ -257,6 +258,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "skip_exit": skip_exit,
         "policies": policies,
         "evaluate_exits": evaluated,
+        "race": race,
     },
     "docs/families.md": {"families": families},
 }
