@@ -213,10 +213,11 @@ def race(record: dict[str, Any]) -> str:
         known = row["predicted_ratio"], row["operations_to_full"]
         said = "" if known[0] is None else f"{known[0]:.2f}"
         saved = "" if known[1] is None else f"{1 - known[1]:.1%}"
+        other = "" if row["compared"] is None else f"{row['mismatches']} of {row['compared']}"
         lines.append(
             f"| {row['name']} | {row['decode_tokens_per_second']:.0f} ({low:.0f}-{high:.0f}) "
             f"| {row['ratio_to_full']:.2f} ({first:.2f}-{third:.2f}) | {said} | {saved} "
-            f"| {row['mismatches'] or 0} of {row['compared'] or 0} |"
+            f"| {other} |"
         )
     machine = record["machine"]
     return "\n".join(lines) + (
