@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -170,6 +171,18 @@ def test_an_adapter_is_merged_before_weights_are_rounded(
         assert torch.equal(one.bfloat16(), other)
     assert half.model.rotary_emb.inv_freq.dtype == torch.float32
     assert half(IDS).logits.dtype == torch.bfloat16
+
+
+def test_a_tuned_model_is_not_rounded_to_its_base_in_silence(
+    folders: dict[str, Path], checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Int4 says what it does to one; int8 keeps it, and a base has nothing to lose."""
+    with caplog.at_level(logging.WARNING, logger="offramp"):
+        for folder, weights in ((folders["checkpoint"], "int8"), (checkpoint, "int4")):
+            offramp.load(str(folder), weights=weights)  # type: ignore[arg-type]
+        assert not caplog.records
+        offramp.load(str(folders["checkpoint"]), weights="int4")
+    assert "int4 rounds away most of what tuning" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["adapter", "readouts"])

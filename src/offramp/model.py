@@ -233,7 +233,8 @@ def load(
             by CUDA graphs; "hf" runs any model by its own modules; "auto" is fast where it can be,
             else hf, and logs why.
         weights: how the weights are held, "fp32", "bf16", "int8" or "int4"; the last two are for
-            the fast backbone on a CPU.
+            the fast backbone on a CPU. int4 is for models that were trained or rounded to bear it:
+            it undoes most of a short tuning, which is logged.
         device: where the model runs, as PyTorch names it ("cuda", "cuda:1"). Only "cpu" has been
             tested.
         trust_remote_code: run modelling code that comes with the checkpoint.
@@ -262,6 +263,8 @@ def load(
     if eos is None:
         eos = tuned.tokenizer.eos_token_id
     ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    if tuned.card is not None and weights == "int4":
+        _log.warning("offramp: int4 rounds away most of what tuning %s changed", tuned.name)
     opened = _opened(model, tuned.readouts, backbone, weights)
     return Model(opened, tuned.tokenizer, tuned.name, frozenset(ids), tuned.card)
 
