@@ -226,3 +226,21 @@ def race(record: dict[str, Any]) -> str:
         "format where that takes part. One other token shifts all that follows it. Written by "
         f"`{record['command']}`."
     )
+
+
+def skip_gates(record: dict[str, Any]) -> str:
+    """Return gates that skip layers beside a fixed input and chosen paths."""
+    lines = [
+        "| arm | layers of a token (spread) | loss, nats | right | operations |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['arm']} | {row['layers']:.1f} ({row['spread']:.1f}) | {row['loss']:.2f} "
+        f"| {row['right']:.0%} | {row['operations']:.2f} |"
+        for row in record["rows"]
+    ]
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, {record['tuned_on']:,} tokens of tuning each, {record['texts']} "
+        f"held-out rows, {record['tokens']} tokens; alpha 1; operations of whole texts. Written by "
+        f"`{record['command']}`."
+    )

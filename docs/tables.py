@@ -21,6 +21,7 @@ from deciding_tables import (
     policies,
     race,
     skip_exit,
+    skip_gates,
     sublayers,
 )
 from paper_tables import lite
@@ -248,6 +249,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "narrow_sst2": narrow,
         "narrow_ag_news": narrow,
         "narrow_e2e": narrow,
+        "race_e2e": race,
     },
     "docs/laws.md": {"lossless": lossless},
     "docs/oracle.md": {"oracle": oracle},
@@ -256,6 +258,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "lite": lite,
         "adainfer": adainfer,
         "skip_exit": skip_exit,
+        "skip_gates": skip_gates,
         "policies": policies,
         "evaluate_exits": evaluated,
         "race": race,
