@@ -206,6 +206,7 @@ def race(record: dict[str, Any]) -> str:
         "| operations of a token saved | other tokens than its reference |",
         "|---|---:|---:|---:|---:|---:|",
     ]
+    one_model = record.get("others", record["model"]) == record["model"]
     for row in record["rows"]:
         if row["reason"] is not None:  # such as a plan that is certified for another format
             continue
@@ -213,7 +214,8 @@ def race(record: dict[str, Any]) -> str:
         known = row["predicted_ratio"], row["operations_to_full"]
         said = "" if known[0] is None else f"{known[0]:.2f}"
         saved = "" if known[1] is None else f"{1 - known[1]:.1%}"
-        other = "" if row["compared"] is None else f"{row['mismatches']} of {row['compared']}"
+        same = one_model and row["compared"] is not None
+        other = f"{row['mismatches']} of {row['compared']}" if same else ""
         lines.append(
             f"| {row['name']} | {row['decode_tokens_per_second']:.0f} ({low:.0f}-{high:.0f}) "
             f"| {row['ratio_to_full']:.2f} ({first:.2f}-{third:.2f}) | {said} | {saved} "
