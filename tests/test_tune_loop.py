@@ -24,6 +24,7 @@ import offramp
 from offramp import files
 from offramp.decode import decode
 from offramp.errors import OfframpError, UsageError
+from offramp.hf.backbone import fingerprint
 from offramp.hf.tuned import load_tuned
 from offramp.tune import answers, gradients, loop, run, state
 from offramp.tune.data import read_examples
@@ -220,6 +221,74 @@ def test_another_run_does_not_go_on_from_a_state(
     shutil.copy(rows, changed)
     with pytest.raises(OfframpError, match="optimiser's state"):
         tune(str(model), [str(changed)], settings(), out)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "lite"])
+def test_another_model_teaches_its_distribution(
+    recipe: str, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """A shallower student comes near a tuned teacher at every depth that is taught."""
+    teacher = tune(str(model), [str(rows)], settings("sft", epochs=6), tmp_path / "teacher").folder
+    student = save_tiny(tmp_path / "student", layers=3, seed=1)
+    exits = (2,) if recipe == "lite" else ()
+    chosen = settings(recipe, exits=exits, distill=1.0, teacher=str(teacher), epochs=6)
+    tuned = tune(str(student), [str(rows)], chosen, tmp_path / "taught")
+    opened = load_tuned(str(teacher))
+    assert tuned.card.teacher == fingerprint(opened.model)
+    example = read_examples([str(rows)], opened.tokenizer, max_length=64).examples[0]
+    ids, answer = torch.tensor([example.ids]), slice(example.first - 1, -1)
+    wanted = opened.model(ids).logits.log_softmax(-1)
+    for depth in (*exits, 3):
+        before, after = (
+            (wanted.exp() * (wanted - _spoken(folder, ids, depth))).sum(-1)[0, answer].mean()
+            for folder in (student, tuned.folder)
+        )
+        assert after < before / 3, depth
+
+
+def _spoken(folder: Path, ids: Tensor, depth: int) -> Tensor:
+    """Return log-probabilities ``[1, T, V]`` of a model's exit, by transformers alone."""
+    model = load_tuned(str(folder)).model
+    states = model(ids, output_hidden_states=True).hidden_states
+    last = depth == len(states) - 1  # it has passed the norm
+    rows = states[depth] if last else model.model.norm(states[depth])
+    return torch.as_tensor(model.lm_head(rows).log_softmax(-1))
+
+
+def test_a_teacher_that_speaks_other_tokens_is_refused(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """A head of another size, and one of the same size whose tokens mean something else."""
+    wider, swapped = save_tiny(tmp_path / "wider"), save_tiny(tmp_path / "swapped")
+    larger = load_tuned(str(wider)).model
+    larger.resize_token_embeddings(300)
+    larger.save_pretrained(wider)
+    table = swapped / "tokenizer.json"
+    facts = json.loads(table.read_text())
+    words = facts["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    table.write_text(json.dumps(facts))
+    for other in (wider, swapped):
+        chosen = settings(distill=0.5, teacher=str(other))
+        with pytest.raises(UsageError, match=f"--teacher {other} speaks other tokens"):
+            tune(str(model), [str(rows)], chosen, tmp_path / "out")
+
+
+def test_a_run_does_not_go_on_with_another_teacher(
+    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the same name has changed since."""
+    teacher, out = save_tiny(tmp_path / "teacher", seed=1), tmp_path / "out"
+    chosen = settings("sft", distill=0.5, teacher=str(teacher))
+    _stop_after(3, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        tune(str(model), [str(rows)], chosen, out, save_every=1)
+    monkeypatch.undo()
+    save_tiny(teacher, seed=2)
+    with pytest.raises(OfframpError, match="another teacher"):
+        tune(str(model), [str(rows)], chosen, out)
+    save_tiny(teacher, seed=1)
+    tune(str(model), [str(rows)], chosen, out)
 
 
 def test_a_finished_folder_with_pictures_is_not_written_over(

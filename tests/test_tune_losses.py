@@ -74,6 +74,31 @@ def test_gradients_are_those_of_the_naive_computation(family: str, chunk: int) -
         assert (found[name] / 2 - gradient).abs().max().item() <= bound, name
 
 
+def test_gradients_from_a_teacher_of_another_depth_are_the_naive_ones() -> None:
+    """It has its own head and norm, and its states keep no graph."""
+    student, teacher = build("llama", layers=3).eval(), build("llama", layers=6, seed=1).eval()
+    net = Net(student, (2,), teacher=teacher)
+    batch = _batch(student.config.vocab_size)
+    states = net.states(batch, [2, 3])
+    whole = Net(teacher, ())
+    rows = whole.states(batch, [6]).rows[6]
+    last = whole.adapter.readout(rows).log_softmax(-1).detach()
+    total = torch.zeros(())
+    for depth in (2, 3):
+        logs = net.adapter.readout(states.rows[depth]).log_softmax(-1)
+        total = total + functional.kl_div(logs, last, reduction="sum", log_target=True)
+    total.backward()
+    expected = _gradients(student)
+    student.zero_grad()
+    net.losses(net.states(batch, [2, 3]), {}, {2: 1.0, 3: 1.0}, net.teach(batch)).total.backward()
+    found = _gradients(student)
+    assert found.keys() == expected.keys()
+    bound = 1e-5 * max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max().item() <= bound, name
+    assert not any(p.grad is not None for p in teacher.parameters())
+
+
 def test_no_more_logits_than_a_chunk_exist_at_once() -> None:
     """However many exits there are: what is read out is never longer than a chunk."""
     rows = torch.randn(10, 8, requires_grad=True)

@@ -66,6 +66,9 @@ class Card(Record):
     """Depths at which the model was taught to speak, ascending."""
     readouts: dict[int, ReadoutKind] = Field(default_factory=dict)
     """By depth; an exit that is not named is ``shared``."""
+    teacher: str | None = None
+    """Fingerprint of the model that was distilled, where that was not its own last layer; the
+    recipe's settings have its name."""
     recipe: Recipe
     data: Data | None = None
     versions: dict[str, str] = Field(default_factory=dict)

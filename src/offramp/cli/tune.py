@@ -32,13 +32,6 @@ class EachStep(StrEnum):
     sample = "sample"
 
 
-class TeacherName(StrEnum):
-    """Who is distilled."""
-
-    last = "last"
-    base = "base"
-
-
 class GateInput(StrEnum):
     """What the gates of ``skip`` see."""
 
@@ -110,8 +103,14 @@ def tune(
         typer.Option(min=0, max=1, help="Share of an exit's loss that is the teacher's, not data."),
     ] = 0.0,
     teacher: Annotated[
-        TeacherName, typer.Option(help="Who is distilled: the last layer, or the model as it was.")
-    ] = TeacherName.last,
+        str,
+        typer.Option(
+            metavar="last|base|MODEL",
+            help="With --distill: whose distribution is learnt. The model's own last layer, the "
+            "model as it was, or another with the same vocabulary, e.g. a deeper one that was "
+            "tuned on the task.",
+        ),
+    ] = "last",
     lora: Annotated[
         int, typer.Option(min=0, help="Train adapters of this rank; 0 trains all weights.")
     ] = 0,
@@ -198,7 +197,7 @@ def tune(
         readout=(readout or (ReadoutName.block if heads else ReadoutName.shared)).value,
         each_step=each_step.value,
         distill=distill,
-        teacher=teacher.value,
+        teacher=teacher,
         lora=lora,
         lora_layers=lora_layers,
         alpha=alpha,

@@ -95,7 +95,7 @@ def train(
         OfframpError: a state or the log cannot be read or written, the state is of another run, or
             the loss is no number any more.
     """
-    steps = plan_steps(examples, settings, alone=net.isolation == "rows")
+    steps = plan_steps(examples, settings, alone=net.alone)
     student = Student(net, settings)
     trained = student.trained()
     optimiser = torch.optim.AdamW(

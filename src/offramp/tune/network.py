@@ -86,6 +86,11 @@ class Net(nn.Module):
         return copy.deepcopy(self.adapter.layers[-1])
 
     @property
+    def alone(self) -> bool:
+        """Whether examples must not share a row: this model, or its teacher, would mix them."""
+        return any(net.isolation == "rows" for net in (self, *self._teacher))
+
+    @property
     def width(self) -> int:
         """Return the width of a state."""
         return int(self.model.get_input_embeddings().weight.shape[1])

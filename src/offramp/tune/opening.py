@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from offramp.errors import OfframpError, UsageError
 from offramp.hf.adapter import find_layers
 from offramp.hf.load import quiet
-from offramp.hf.tuned import is_whole
+from offramp.hf.tuned import is_whole, load_tuned
 from offramp.policy import check_exits
 from offramp.tune.gradients import seeded
 from offramp.tune.network import Net
@@ -41,12 +41,12 @@ def check_settings(settings: Settings) -> None:
             f"--recipe {settings.recipe} leaves the model alone and learns from its last layer: it "
             "takes neither --lora nor --distill"
         )
-    if settings.teacher == "base" and not settings.distill:
+    if settings.teacher != "last" and not settings.distill:
         raise UsageError("--teacher says who is distilled: give --distill SHARE, too")
     if settings.recipe in ("sft", "skip") and settings.distill and settings.teacher == "last":
         raise UsageError(
             f"--recipe {settings.recipe} trains the last layer alone, which --distill cannot teach "
-            "itself: give --teacher base, too"
+            "itself: give --teacher base or a model, too"
         )
     if settings.lora_layers and not settings.lora:
         raise UsageError("--lora-layers says which layers get adapters: give --lora RANK, too")
@@ -67,14 +67,47 @@ def must_be_whole(name: str | None) -> None:
         )
 
 
-def open_net(model: Any, settings: Settings) -> tuple[Net, Any]:
+def open_teacher(
+    model: Any, tokenizer: Any, settings: Settings, *, trust_remote_code: bool = False
+) -> Any:
+    """Return the model that is distilled, or None where it is the tuned model's own last layer.
+
+    Args:
+        model: what is to be tuned, as yet unchanged.
+        tokenizer: its tokenizer.
+        settings: who the teacher is; a tuned model of any form may be one, at its full depth.
+        trust_remote_code: run modelling code that comes with the teacher.
+
+    Raises:
+        OfframpError: the teacher cannot be opened.
+        UsageError: it speaks other tokens.
+    """
+    if settings.teacher == "last":
+        return None
+    if settings.teacher == "base":
+        return copy.deepcopy(model)
+    teacher = load_tuned(settings.teacher, trust_remote_code=trust_remote_code)
+    words = [len(m.get_output_embeddings().weight) for m in (model, teacher.model)]
+    if words[0] != words[1] or tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        raise UsageError(
+            f"--teacher {settings.teacher} speaks other tokens than the model to be taught: its "
+            "distribution says nothing about theirs"
+        )
+    return teacher.model
+
+
+def open_net(model: Any, settings: Settings, teacher: Any = None) -> tuple[Net, Any]:
     """Return the model opened for a recipe, and the peft model around it or None.
+
+    Args:
+        model: what is to be tuned.
+        settings: how.
+        teacher: another model that is distilled, see :func:`open_teacher`.
 
     Raises:
         UsageError: exits, or layers for adapters, that the model does not have.
         OfframpError: adapters are wanted, but peft is not installed.
     """
-    teacher = copy.deepcopy(model) if settings.teacher == "base" else None
     net = Net(model, settings.exits, settings.readout, teacher)
     check_exits(settings.exits, net.num_layers)
     # Last, and in place: an exit's block starts as a plain copy of the last layer.

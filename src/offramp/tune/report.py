@@ -91,7 +91,7 @@ def judge(
 def _batches(
     net: Net, examples: Sequence[Example], length: int, device: Any, rows_at_once: int
 ) -> Iterator[Batch]:
-    packs = pack(examples, length, 0, 0, alone=net.isolation == "rows")
+    packs = pack(examples, length, 0, 0, alone=net.alone)
     for start in range(0, len(packs), rows_at_once):
         yield collate(packs[start : start + rows_at_once], examples).to(device)
 

@@ -28,7 +28,7 @@ from offramp.tune.finish import write_tuned
 from offramp.tune.log import draw, read_log
 from offramp.tune.loop import Tracker, make_accelerator, train
 from offramp.tune.network import Net
-from offramp.tune.opening import check_settings, must_be_whole, open_net
+from offramp.tune.opening import check_settings, must_be_whole, open_net, open_teacher
 from offramp.tune.place import BEFORE, held
 from offramp.tune.report import draw_reliability
 from offramp.tune.rows import prompts_of, read_rows
@@ -99,7 +99,8 @@ def tune(
                 )
         model, tokenizer, shown = load_checkpoint(name, trust_remote_code=trust_remote_code)
         started_from = fingerprint(model)  # adapters change its parameters' names
-        net, adapted = open_net(model, settings)
+        teacher = open_teacher(model, tokenizer, settings, trust_remote_code=trust_remote_code)
+        net, adapted = open_net(model, settings, teacher)
         read = partial(
             read_examples,
             tokenizer=tokenizer,
@@ -114,7 +115,8 @@ def tune(
         for source in watch:
             judged[_free(Path(source).name, judged)] = read([source]).examples
         chosen = settings.model_dump(mode="json")
-        run = Run(chosen, material.files, started_from, digest(material.examples))
+        taught_by = None if teacher is None else fingerprint(teacher)
+        run = Run(chosen, material.files, started_from, digest(material.examples), taught_by)
         must_continue(out, run)
         net.to(accelerator.device)
         figures = partial(judge_all, net, judged, settings, accelerator)
@@ -230,6 +232,7 @@ def _card(shown: str, run: Run, settings: Settings, material: Data, seen: int, n
         base=Base(name=shown, fingerprint=run.model),
         exits=settings.exits,
         readouts={int(depth): net.kind for depth in net.readouts},
+        teacher=run.teacher,
         recipe=Recipe(name=settings.recipe, settings=settings.model_dump(mode="json")),
         data=CardData(files=material.files, texts=len(material.examples), tokens=seen),
         versions=versions(),

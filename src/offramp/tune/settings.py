@@ -27,8 +27,9 @@ class Settings(Record):
     or one sub-model drawn at random, the whole model among them (SortedNet)."""
     distill: Share = 0.0
     """Share of each exit's loss that is the divergence from the teacher, not the labels."""
-    teacher: Literal["last", "base"] = "last"
-    """Who is distilled: the model's own last layer, or the model as it was before tuning."""
+    teacher: Annotated[str, Field(min_length=1)] = "last"
+    """Who is distilled: ``last``, the model's own last layer; ``base``, the model as it was before
+    tuning; else the name of another model, of any depth and width, with the same vocabulary."""
     lora: Annotated[int, Field(ge=0, le=4096)] = 0
     """Rank of the adapters that are trained in place of all weights; 0 trains all weights."""
     lora_layers: Annotated[int, Field(ge=0)] = 0

@@ -42,6 +42,8 @@ class Run:
     """Fingerprint of the model that tuning starts from."""
     examples: str = ""
     """Of the examples themselves, which the same files may yield others of."""
+    teacher: str | None = None
+    """Fingerprint of another model that is distilled."""
 
     def must_equal(self, other: Run, folder: Path) -> None:
         """Refuse to go on from another run's state.
@@ -54,6 +56,11 @@ class Run:
             raise OfframpError(
                 f"{folder} holds a run that began from another model (fingerprint {other.model}, "
                 f"not {self.model}); {again}"
+            )
+        if self.teacher != other.teacher:
+            raise OfframpError(
+                f"{folder} holds a run with another teacher (fingerprint {other.teacher}, not "
+                f"{self.teacher}); {again}"
             )
         changed = [n for n in {*self.data, *other.data} if self.data.get(n) != other.data.get(n)]
         if changed:
@@ -108,6 +115,7 @@ def save_state(
         "model": run.model,
         "data": dict(run.data),
         "examples": run.examples,
+        "teacher": run.teacher,
         "settings": dict(run.settings),
         "counts": counts,
     }
@@ -164,7 +172,9 @@ def _facts(place: Path, run: Run) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((place / _FACTS).read_text(encoding="utf-8"))
     if facts["format"] != _FORMAT:
         raise OfframpError(f"{place} has format {facts['format']}, not {_FORMAT}")
-    written = Run(facts["settings"], facts["data"], facts["model"], facts["examples"])
+    written = Run(
+        facts["settings"], facts["data"], facts["model"], facts["examples"], facts.get("teacher")
+    )
     run.must_equal(written, place.parent)
     return facts
 

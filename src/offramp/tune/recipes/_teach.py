@@ -20,12 +20,12 @@ def teach(
     """Return the loss of depths with these weights, as the settings choose and distil them.
 
     An exit's loss is ``(1 - distill) * CE(labels) + distill * KL(teacher || exit)``. The last layer
-    learns from the labels, or from the base model where that is the teacher.
+    learns from the labels, or from the teacher where that is another model.
     """
     settings = moment.settings
     weights = chosen(weights, net.num_layers, moment)
     share = {
-        depth: settings.distill if depth < net.num_layers or settings.teacher == "base" else 0.0
+        depth: settings.distill if depth < net.num_layers or settings.teacher != "last" else 0.0
         for depth in weights
     }
     soft = {depth: weight * share[depth] for depth, weight in weights.items() if share[depth]}
