@@ -16,6 +16,10 @@ from offramp.fast.build import UnavailableError, kernels
 from offramp.fast.open import open_fast
 from offramp.fast.pack import Format, dequantise, quantise
 from offramp.hf.backbone import HFBackbone
+from offramp.hf.check import probe_ids, read_at
+from offramp.hf.open import open_model
+from offramp.readouts import ExitReadout
+from tests.families import build
 from tests.tools import generic
 
 
@@ -67,6 +71,35 @@ def test_any_weights_are_held_within_half_a_step(form: Format, bound: float) -> 
     again = dequantise(*quantise(weight, form))
     assert (again - weight).square().mean().sqrt().item() <= bound
     assert not again[3].any()
+
+
+def test_what_tuning_added_to_an_exits_block_is_held_beside_int4() -> None:
+    """Layers on int4's own grid, a block a little off: it reads out as precisely as one on it."""
+    model, draw = build("llama"), torch.Generator().manual_seed(3)
+    base = open_model(model)
+    for layer in base.adapter.layers:
+        for parameter in layer.parameters():
+            if parameter.ndim == 2:
+                parameter.data = dequantise(*quantise(parameter.data, "int4"))
+    last = dict(base.adapter.layers[-1].named_parameters())
+
+    def off(size: float) -> tuple[float, torch.Tensor]:
+        """Return how far int4 is from fp32 with a block so far from the grid, and the logits."""
+        block = {
+            name: p.detach() + size * p.std(-1, keepdim=True) * torch.randn(p.shape, generator=draw)
+            if p.ndim == 2
+            else p.detach()
+            for name, p in last.items()
+        }
+        backbone = open_model(model, {3: ExitReadout("block", block)})
+        ids = probe_ids(backbone.shape.vocab_size)
+        expected = read_at(backbone, 3, ids, first=7)
+        found = read_at(open_fast(backbone, weights="int4"), 3, ids, first=7)
+        return (found - expected).square().mean().sqrt().item(), expected
+
+    (error, plain), (tuned_error, tuned) = off(0.0), off(0.1)
+    assert (tuned - plain).square().mean().sqrt().item() > 2 * error, "it changes what is said"
+    assert tuned_error <= 1.3 * error
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "cohere", "exaone4", "ministral3", "olmo"])

@@ -40,6 +40,8 @@ class Shape:
     """The vocabulary head may be held more precisely than the layers."""
     map_bytes_per_weight: float = 4.0
     """Of the affine maps that exits own."""
+    block_bytes_per_weight: float | None = None
+    """Of the decoder blocks that exits own; None: as of the layers."""
     blocks: tuple[int, ...] = ()
     """Exits that own a decoder block: a layer more for every row that asks there."""
     maps: tuple[int, ...] = ()

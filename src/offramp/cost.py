@@ -152,6 +152,16 @@ def fill_in_layers(shape: Shape) -> float:
     return shape.kv_weights / shape.layer_weights
 
 
+def block_in_layers(shape: Shape) -> float:
+    """Return the cost of a decoder block that an exit owns, one layer = 1.
+
+    By bytes: it may be held more precisely than the layers are. Counted work does not tell the two
+    apart, so what is predicted of a run's work takes a block for a layer.
+    """
+    held = shape.block_bytes_per_weight
+    return 1.0 if held is None else held / shape.bytes_per_weight
+
+
 def break_even_depth(shape: Shape, check_weights: int = 0) -> float:
     """Return the deepest exit that pays when every layer is checked and skipped layers filled.
 
@@ -193,7 +203,7 @@ class Prices:
 
     def own(self, depth: int | None) -> float:
         """Return the price of what the exit at ``depth`` owns for a row it reads out, no head."""
-        price = self.layers(1) if depth in self.shape.blocks else 0.0
+        price = block_in_layers(self.shape) * self.layers(1) if depth in self.shape.blocks else 0.0
         if depth in self.shape.maps:
             price += map_in_heads(self.shape) * self.head()
         return price

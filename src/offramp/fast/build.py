@@ -26,7 +26,7 @@ from offramp.files import cache_dir
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 _PARTS = (SOURCE, SOURCE.with_name("vectors.h"))
-_PACKING = SOURCE.with_name("pack.py")
+_PACKING = tuple(SOURCE.with_name(name) for name in ("pack.py", "weights.py"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-w")
 
 
@@ -57,7 +57,7 @@ def version() -> str:
 
     How weights are rounded for them is part of it: results are kept and compared by this.
     """
-    digest = hashlib.sha256(b"".join(part.read_bytes() for part in (*_PARTS, _PACKING)))
+    digest = hashlib.sha256(b"".join(part.read_bytes() for part in (*_PARTS, *_PACKING)))
     digest.update(repr((_FLAGS, _compiler(), platform.machine(), _processor())).encode())
     return digest.hexdigest()[:16]
 

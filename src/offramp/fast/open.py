@@ -113,8 +113,7 @@ def _made(
     windows: list[int],
     only: Sequence[int] | None = None,
 ) -> FastBackbone:
-    layers = [*generic.adapter.layers, *generic.own.layers]
-    taken = take(generic.model, layers, weights, only)
+    taken = take(generic.model, [*generic.adapter.layers], generic.own.layers, weights, only)
     rotary.point(taken.layers)
     taken.struct.rotary = rotary.size(taken.struct.head_size)
     for index, layer in enumerate(taken.layers):
@@ -129,7 +128,8 @@ def _made(
             bytes_per_weight=BYTES[weights],
             kv_bytes=KV_BYTES[weights],
             map_bytes_per_weight=BYTES["fp32"],
-            head_bytes_per_weight=taken.head_bytes,
+            head_bytes_per_weight=taken.precise_bytes,
+            block_bytes_per_weight=taken.precise_bytes,
         ),
         fingerprint=generic.fingerprint,
         embedding_scale=_embedding_scale(generic, generic.model.get_input_embeddings().weight[0]),

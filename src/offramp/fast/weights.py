@@ -22,32 +22,39 @@ class Taken:
 
     struct: ModelStruct
     layers: ctypes.Array[LayerStruct]
-    head_bytes: float
-    """Bytes per weight of the vocabulary head."""
+    precise_bytes: float
+    """Bytes per weight of what reads out: the vocabulary head and exits' blocks."""
     gains: Tensor
     """``[D]`` of the last norm."""
     kept: list[Tensor] = field(default_factory=list)
 
 
 def take(
-    model: nn.Module, layers: Sequence[nn.Module], form: Format, only: Sequence[int] | None = None
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    blocks: Sequence[nn.Module],
+    form: Format,
+    only: Sequence[int] | None = None,
 ) -> Taken:
     """Return the model's weights in this format.
 
     Args:
         model: the causal LM.
-        layers: its decoder layers, and blocks that are such layers.
-        form: the format; with int4 the vocabulary head keeps 8 bits, for it is what chooses.
-        only: the layers to take; all by default. The others must not be run.
+        layers: its decoder layers.
+        blocks: those that exits own; their indices follow the layers'.
+        form: the format of the layers. With int4 what reads out, the vocabulary head and exits'
+            blocks, keeps 8 bits: it is what chooses, and a block is tuned, which int4 undoes.
+        only: the layers and blocks to take; all by default. The others must not be run.
 
     Raises:
         UnsupportedModelError: it has parts that the kernels do not have.
     """
     taker = _Taker(Reader(model), form)
-    structs = (LayerStruct * len(layers))()
-    for index in range(len(layers)) if only is None else only:
-        taker.layer(structs[index], layers[index])
     precise = head_form(form)
+    parts = [*((layer, form) for layer in layers), *((block, precise) for block in blocks)]
+    structs = (LayerStruct * len(parts))()
+    for index in range(len(parts)) if only is None else only:
+        taker.layer(structs[index], *parts[index])
     struct, gains = taker.top(precise)
     struct.layers = ctypes.cast(structs, ctypes.POINTER(LayerStruct))
     return Taken(struct, structs, BYTES[precise], gains, taker.kept)
@@ -59,14 +66,14 @@ class _Taker:
         self._reader, self._form = reader, form
         self._arena = Arena()
 
-    def layer(self, struct: LayerStruct, layer: nn.Module) -> None:
+    def layer(self, struct: LayerStruct, layer: nn.Module, form: Format) -> None:
         parts = self._reader.layer(layer)
-        struct.qkv = self._matrix(parts.qkv)
+        struct.qkv = self._matrix(parts.qkv, form)
         assert self._reader.facts is not None
         struct.qkv.first = self._reader.facts.queries
-        struct.output = self._matrix(parts.output)
-        struct.gate_up = self._matrix(parts.gate_up)
-        struct.down = self._matrix(parts.down)
+        struct.output = self._matrix(parts.output, form)
+        struct.gate_up = self._matrix(parts.gate_up, form)
+        struct.down = self._matrix(parts.down, form)
         for place, gains in parts.gains.items():
             setattr(struct, place, self._address(gains))
         struct.head_norm = parts.head_norm
@@ -79,17 +86,17 @@ class _Taker:
         struct.norm = self._address(parts.gains)
         struct.epsilon = parts.epsilon
         struct.head = self._matrix(parts.head, form)
-        if self._form == "int4":  # beside such layers 8-bit states do, and many rows take half
-            struct.head.format = INT8
         struct.logit_scale, struct.logit_softcap = parts.logit_scale, parts.logit_softcap
         return struct, parts.gains
 
-    def _matrix(self, matrix: Matrix, form: Format | None = None) -> MatrixStruct:
+    def _matrix(self, matrix: Matrix, form: Format) -> MatrixStruct:
         """Pack modules side by side; each part begins at a whole block."""
-        packed = pack(_apart(matrix.weight().float(), matrix.sizes), form or self._form)
+        packed = pack(_apart(matrix.weight().float(), matrix.sizes), form)
+        # Beside layers in int4 states of 8 bits do, and many rows take half the time.
+        coarse = self._form == "int4" and form == "int8"
         struct = MatrixStruct(
             weights=self._address(packed.data),
-            format=packed.format,
+            format=INT8 if coarse else packed.format,
             outputs=packed.outputs,
             inputs=packed.inputs,
         )
