@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from functools import reduce
 from operator import getitem
@@ -172,6 +173,8 @@ def test_a_plan_file_holds_its_keys(tmp_path: FilePath, kind: str) -> None:
     assert expected == json.loads(path.read_text("utf-8"))
     assert path.read_text("utf-8").startswith('{\n  "format": 1,\n  "model": {\n')
     assert path.read_text("utf-8").endswith("}\n")
+    numbers = r"^\s+[\d.]+,?$"
+    assert not re.findall(numbers, path.read_text("utf-8"), re.M), "a list of numbers is one line"
 
 
 @pytest.mark.parametrize(

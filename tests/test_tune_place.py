@@ -340,6 +340,16 @@ def test_a_whole_tuned_model_is_tuned_further(model: Path, rows: Path, tmp_path:
     assert second.before == first.after
 
 
+def test_a_model_that_learnt_prompts_as_they_are_is_not_asked_in_another_way(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """With the option to give; asked as before, it is tuned further."""
+    first = tune(str(model), [str(rows)], short(raw=True), tmp_path / "first")
+    with pytest.raises(UsageError, match="--raw"):
+        tune(str(first.folder), [str(rows)], short(), tmp_path / "second")
+    tune(str(first.folder), [str(rows)], short(raw=True), tmp_path / "second")
+
+
 def test_answers_that_could_not_be_used_are_not_asked_for(
     model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ A plan knows its model by fingerprint and refuses another one; unknown keys are 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path as FilePath
 from typing import Annotated
@@ -25,6 +26,9 @@ from offramp.route import route
 from offramp.runs import Adapt, Exit, Full, Path, Route, Run, Skip, Speculate
 from offramp.skipping import skip
 from offramp.speculate import speculate
+
+_NUMBERS = re.compile(r"\[\n[\d\s,.eE+-]+\]")
+"""A list of numbers in indented JSON, whose texts have no line breaks."""
 
 
 class ModelId(Record):
@@ -122,8 +126,9 @@ def read_plan(path: FilePath) -> Plan:
 
 
 def write_plan(path: FilePath, plan: Plan) -> None:
-    """Write a plan as JSON, whole or not at all."""
-    write_text(path, plan.model_dump_json(indent=2) + "\n")
+    """Write a plan as JSON, whole or not at all; a list of numbers takes one line."""
+    text = _NUMBERS.sub(lambda found: " ".join(found[0].split()), plan.model_dump_json(indent=2))
+    write_text(path, text + "\n")
 
 
 def execute(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from offramp.card import read_card
 from offramp.errors import OfframpError, UsageError
 from offramp.hf.adapter import find_layers
 from offramp.hf.load import quiet
@@ -54,17 +56,22 @@ def check_settings(settings: Settings) -> None:
         raise OfframpError("tuning draws its losses: pip install 'offramp[tune]'")
 
 
-def must_be_whole(name: str | None) -> None:
-    """Refuse an adapter or readouts, which would be tuned without the model below them.
+def check_origin(name: str | None, settings: Settings) -> None:
+    """Refuse what cannot be tuned further, or not in this way.
 
     Raises:
-        UsageError: the folder holds no whole checkpoint.
+        UsageError: it is an adapter or readouts, which would be tuned without the model below
+            them, or it learnt prompts as they are and would now be asked in another way.
+        OfframpError: its card cannot be read.
     """
     if not is_whole(name):
         raise UsageError(
             f"{name} holds an adapter or readouts over another model: tune that one, or a whole "
             "checkpoint"
         )
+    card = None if name is None or not Path(name).is_dir() else read_card(Path(name))
+    if card is not None and card.recipe.settings.get("raw") is True and not settings.raw:
+        raise UsageError(f"{name} was tuned on prompts as they are: give --raw here, too")
 
 
 def open_teacher(

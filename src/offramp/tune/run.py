@@ -28,7 +28,7 @@ from offramp.tune.finish import write_tuned
 from offramp.tune.log import draw, read_log
 from offramp.tune.loop import Tracker, make_accelerator, train
 from offramp.tune.network import Net
-from offramp.tune.opening import check_settings, must_be_whole, open_net, open_teacher
+from offramp.tune.opening import check_origin, check_settings, open_net, open_teacher
 from offramp.tune.place import BEFORE, held
 from offramp.tune.report import draw_reliability
 from offramp.tune.rows import prompts_of, read_rows
@@ -88,7 +88,7 @@ def tune(
         UsageError: settings that do not go together, or exits the model does not have.
     """
     check_settings(settings)
-    must_be_whole(name)
+    check_origin(name, settings)
     accelerator = make_accelerator(settings, tracker, out)
     with held(out, main=accelerator.is_main_process):
         material = None
