@@ -37,6 +37,8 @@ class Tuned:
     card: Card | None = None
     readouts: Mapping[int, ExitReadout] = field(default_factory=dict)
     """By depth, what reads that exit out; an exit that is not here has the model's own head."""
+    changed: bool = False
+    """Whether tuning changed the model's own weights; readouts and gates leave them alone."""
 
 
 def load_tuned(
@@ -68,7 +70,8 @@ def load_tuned(
         model, tokenizer = _over_base(folder, card, weights, trust_remote_code)
     if card is None:
         return Tuned(model, tokenizer, shown)
-    if card.recipe.settings.get("raw") is True and (is_whole(name) or _is_changed(folder)):
+    changed = is_whole(name) or _is_changed(folder)
+    if card.recipe.settings.get("raw") is True and changed:
         tokenizer.chat_template = None  # it learnt prompts as they are, and is asked so
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     if max((*card.exits, *card.readouts), default=0) > layers:
@@ -76,7 +79,7 @@ def load_tuned(
             f"the card of {shown} names exit {max(*card.exits, *card.readouts)} of a model of "
             f"{layers} layers; it belongs to another model"
         )
-    return Tuned(model, tokenizer, shown, card, _readouts(folder, card))
+    return Tuned(model, tokenizer, shown, card, _readouts(folder, card), changed)
 
 
 def is_whole(name: str | None) -> bool:
