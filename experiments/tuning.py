@@ -5,13 +5,15 @@
 TASK is one of
 
 * general: instruction following on Alpaca (non-commercial licence: the weights stay where they are
-  made). Plain fine-tuning, LITE and SoFT, two million tokens each.
+  made). Plain fine-tuning, SoFT (whose loss is LITE's where a step trains every exit), and a
+  head per exit of the plain model; 100,000 tokens each, an hour on a core.
 * exits: a block per exit of the unchanged default model, on its own answers to prompts that anyone
   may train on (`open_prompts.py`); `ship_exits.py` makes of it what comes with offramp.
 * e2e: data to text. Plain fine-tuning first; then LITE with half of each exit's loss the last
   layer's, on that model's own answers to training and synthetic prompts; then more of it on those
   answers with other names (`narrow_names.py` writes them once the second arm is done).
-* sst2, ag_news: sentiment and topic in one token. Plain fine-tuning, and LITE with the same budget.
+* sst2, ag_news: sentiment and topic in one token. Plain fine-tuning, and LITE with the same budget;
+  then more of it, for AG News with the plain model as teacher of the exits and of the last layer.
 
 Rows of the narrow tasks are those of ``narrow_data.py``, written to RUNS on the way. Every arm is
 one `offramp tune`, resumable; a second run goes on with what is missing. `narrow.py` then compares
@@ -21,7 +23,6 @@ the narrow models under plans.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import statistics
 import subprocess
@@ -31,9 +32,6 @@ from pathlib import Path
 
 from offramp.cli.output import environment
 from offramp.files import write_text
-
-TEXT_BYTES = 60_000
-"""Of WikiText-2's validation text, to see what tuning does to text that is no instruction."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +45,20 @@ class Arm:
 
 
 _GENERAL = (
-    "--data {data}/alpaca_52k/alpaca_data_52k.jsonl.gz --skip-bad --tokens 2000000 --rows 16 "
-    "--rows-at-once 4 --learning-rate 1e-4 --held-out 200 --watch {runs}/text.txt --save-every 10"
+    "--data {data}/alpaca_52k/alpaca_data_52k.jsonl.gz --skip-bad --limit 51000 --tokens 100000 "
+    "--rows 4 --rows-at-once 4 --learning-rate 2e-4 --precision fp32 --held-out 100 --save-every 10"
 )
 _NARROW = (
     "--data {runs}/data/{task}/train.jsonl --raw --rows 16 --rows-at-once 16 --length 128 "
     "--held-out 60 --watch {runs}/data/{task}/dev.jsonl --save-every 20 "
 )
-_CLASSES = _NARROW + "--learning-rate 1e-4 --tokens 400000 "
+_CLASSES = _NARROW + "--learning-rate 1e-4 "
 
 TASKS: dict[str, list[Arm]] = {
     "general": [
         Arm("sft", "--recipe sft --exits 12,18,24 " + _GENERAL),
-        Arm("lite", "--recipe lite --exits 12,18,24 --each-step rotate " + _GENERAL),
-        Arm("sorted", "--recipe sorted --exits 12,18,24 --each-step sample " + _GENERAL),
+        Arm("sorted", "--recipe sorted --exits 12,18,24 " + _GENERAL),
+        Arm("ict", "--recipe heads --readout head --exits 12,18,24 " + _GENERAL, start="sft"),
     ],
     "exits": [
         Arm(
@@ -87,12 +85,19 @@ TASKS: dict[str, list[Arm]] = {
         ),
     ],
     "sst2": [
-        Arm("sft", "--recipe sft " + _CLASSES),
-        Arm("lite", "--recipe lite --exits 6,10,14,18 " + _CLASSES),
+        Arm("sft", "--recipe sft --tokens 110000 " + _CLASSES),
+        Arm("lite", "--recipe lite --exits 6,10,14,18 --tokens 110000 " + _CLASSES),
+        Arm("more", "--recipe lite --exits 14,16,17 --tokens 45000 " + _CLASSES, start="lite"),
     ],
     "ag_news": [
-        Arm("sft", "--recipe sft " + _CLASSES),
-        Arm("lite", "--recipe lite --exits 6,10,14,18 " + _CLASSES),
+        Arm("sft", "--recipe sft --tokens 110000 " + _CLASSES),
+        Arm("lite", "--recipe lite --exits 10,14,16,17 --tokens 110000 " + _CLASSES),
+        Arm(
+            "taught",
+            "--recipe lite --exits 10,14 --teacher {runs}/ag_news-sft --distill 0.6 --seed 1 "
+            "--tokens 60000 " + _CLASSES,
+            start="lite",
+        ),
     ],
 }
 FOLDERS = {"e2e": "e2e_nlg", "sst2": "sst2_and_small_cls", "ag_news": "ag_news"}
@@ -132,9 +137,6 @@ def main() -> None:
 def _prepare(task: str, data: Path, runs: Path) -> None:
     """Write the rows that an arm reads and the data sets do not hold as they are."""
     if task == "general":
-        text = gzip.decompress((data / "lm_text" / "wikitext2_valid.txt.gz").read_bytes())
-        runs.mkdir(parents=True, exist_ok=True)
-        write_text(runs / "text.txt", text[:TEXT_BYTES].decode("utf-8", "ignore"))
         return
     out = runs / "data" / task
     if task == "exits":
