@@ -256,6 +256,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "docs/search.md": {"control": control, "sublayers": sublayers},
     "docs/results.md": {
         "lite": lite,
+        "lite_tuned": lite,
         "adainfer": adainfer,
         "skip_exit": skip_exit,
         "skip_gates": skip_gates,
