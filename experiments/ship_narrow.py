@@ -70,8 +70,15 @@ def main() -> None:
         card = card.model_copy(update={"data": told})
     options.out.mkdir(parents=True, exist_ok=True)
     write_delta(options.out, base, tuned)
-    write_card(options.out, card.model_copy(update={"base": known, "exits": (), "readouts": {}}))
+    recipe = card.recipe.model_copy(update={"settings": _shipped(card.recipe.settings)})
+    changes = {"base": known, "exits": (), "readouts": {}, "recipe": recipe}
+    write_card(options.out, card.model_copy(update=changes))
     print(f"{(options.out / DELTA).stat().st_size / 1e6:.1f} MB for layers {list(run.layers)}")
+
+
+def _shipped(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings without the folders of the machine that it was tuned on."""
+    return {name: Path(v).name if name == "teacher" else v for name, v in settings.items()}
 
 
 def teach(
