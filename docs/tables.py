@@ -24,7 +24,7 @@ from deciding_tables import (
     skip_gates,
     sublayers,
 )
-from paper_tables import lite
+from paper_tables import lite, sorted_llama
 
 ROOT = Path(__file__).parent.parent
 
@@ -258,6 +258,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "docs/results.md": {
         "lite": lite,
         "lite_tuned": lite,
+        "sorted": sorted_llama,
         "adainfer": adainfer,
         "skip_exit": skip_exit,
         "skip_gates": skip_gates,
