@@ -269,9 +269,10 @@ def test_a_teacher_that_speaks_other_tokens_is_refused(
     words["a"], words["b"] = words["b"], words["a"]
     table.write_text(json.dumps(facts))
     for other in (wider, swapped):
-        chosen = settings(distill=0.5, teacher=str(other))
+        chosen = settings(distill=0.5, teacher=str(other), answers="self")
         with pytest.raises(UsageError, match=f"--teacher {other} speaks other tokens"):
             tune(str(model), [str(rows)], chosen, tmp_path / "out")
+    assert not (tmp_path / "out" / answers.ANSWERS).exists(), "refused before anything is answered"
 
 
 def test_a_run_does_not_go_on_with_another_teacher(

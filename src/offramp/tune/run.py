@@ -91,15 +91,16 @@ def tune(
     check_origin(name, settings)
     accelerator = make_accelerator(settings, tracker, out)
     with held(out, main=accelerator.is_main_process):
+        model, tokenizer, shown = load_checkpoint(name, trust_remote_code=trust_remote_code)
+        started_from = fingerprint(model)  # adapters change its parameters' names
+        # Before hours of answering: it may be refused.
+        teacher = open_teacher(model, tokenizer, settings, trust_remote_code=trust_remote_code)
         material = None
         if settings.answers is not None:
             with accelerator.main_process_first():  # the others then find the answers written
                 material = _answered(
                     name, data, settings, out, limit, skip_bad, trust_remote_code, accelerator
                 )
-        model, tokenizer, shown = load_checkpoint(name, trust_remote_code=trust_remote_code)
-        started_from = fingerprint(model)  # adapters change its parameters' names
-        teacher = open_teacher(model, tokenizer, settings, trust_remote_code=trust_remote_code)
         net, adapted = open_net(model, settings, teacher)
         read = partial(
             read_examples,
