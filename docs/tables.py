@@ -142,14 +142,20 @@ def clock(record: dict[str, Any]) -> str:
 
 def tuning(record: dict[str, Any]) -> str:
     """Return what each depth learnt, arm by arm, on examples kept out of training."""
-    lines = ["| arm | tokens seen | depth | loss before | after | agreement before | after |"]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|")
+    watched = min((set(row["after"]) for row in record["rows"].values()), key=len) - {"held out"}
+    heads = "".join(f" on {name} |" for name in sorted(watched))
+    lines = [
+        f"| arm | tokens seen | depth | loss before | after | agreement before | after |{heads}"
+    ]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|" + "---:|" * len(watched))
     for name, row in record["rows"].items():
-        pairs = zip(row["before"]["held out"], row["after"]["held out"], strict=True)
-        for old, new in pairs:
+        for index, new in enumerate(row["after"]["held out"]):
+            old = row["before"]["held out"][index]
+            others = [row["after"][text][index]["agreement"] for text in sorted(watched)]
             lines.append(
                 f"| {name} | {row['tokens']:,} | {new['depth']} | {old['loss']:.2f} "
                 f"| {new['loss']:.2f} | {old['agreement']:.0%} | {new['agreement']:.0%} |"
+                + "".join(f" {share:.0%} |" for share in others)
             )
     commands = "; ".join(f"*{name}*: `{text}`" for name, text in record["arms"].items())
     return "\n".join(lines) + (

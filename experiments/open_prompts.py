@@ -40,12 +40,12 @@ def _choices(row: dict[str, Any]) -> str:
 
 
 SETS: dict[str, tuple[int, Callable[[dict[str, Any]], str]]] = {
-    "alpaca_libre/alpaca_libre_v1-3_ok.jsonl.gz": (800, _instruction),
-    "alpagasus_subsets/dolly_3k.json.gz": (600, _instruction),
-    "llms_from_scratch_instruct/instruction-data.json": (400, _instruction),
+    "alpaca_libre/alpaca_libre_v1-3_ok.jsonl.gz": (2000, _instruction),
+    "alpagasus_subsets/dolly_3k.json.gz": (1500, _instruction),
+    "llms_from_scratch_instruct/instruction-data.json": (1000, _instruction),
     "self_instruct_seed/seed_tasks.jsonl": (175, _seed),
-    "gsm8k/gsm8k_train.jsonl.gz": (150, lambda row: str(row["question"])),
-    "commonsense_qa/train_rand_split.jsonl.gz": (100, _choices),
+    "gsm8k/gsm8k_train.jsonl.gz": (400, lambda row: str(row["question"])),
+    "commonsense_qa/train_rand_split.jsonl.gz": (250, _choices),
 }
 """Most prompts of each file, and how a row asks."""
 

@@ -7,8 +7,10 @@ TASK is one of
 * general: instruction following on Alpaca (non-commercial licence: the weights stay where they are
   made). Plain fine-tuning, SoFT (whose loss is LITE's where a step trains every exit), and a
   head per exit of the plain model; 100,000 tokens each, an hour on a core.
-* exits: a block per exit of the unchanged default model, on its own answers to prompts that anyone
-  may train on (`open_prompts.py`); `ship_exits.py` makes of it what comes with offramp.
+* exits: ways of teaching the default model's exits on its own answers to prompts that anyone may
+  train on (`open_prompts.py`): a block per exit or an affine map, the model left alone; adapters;
+  a block per exit first and then all weights, the model as it was being the teacher; blocks late.
+  `ship_exits.py` makes of blocks what comes with offramp.
 * e2e: data to text. Plain fine-tuning first; then LITE with half of each exit's loss the last
   layer's, on that model's own answers to training and synthetic prompts; then more of it on those
   answers with other names (`narrow_names.py` writes them once the second arm is done).
@@ -24,14 +26,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
+import shutil
 import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import offramp
 from offramp.cli.output import environment
 from offramp.files import write_text
+from offramp.tune.answers import ANSWERS
+
+WATCHED = 120
+"""Of LITE's prompts, whose answers the exits are judged on, too."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,18 @@ class Arm:
     options: str
     start: str | None = None
     """The arm whose model this one tunes; the default model otherwise."""
+    of: str | None = None
+    """The arm whose answers it learns, too: all are the default model's, to the same prompts."""
 
 
 _GENERAL = (
     "--data {data}/alpaca_52k/alpaca_data_52k.jsonl.gz --skip-bad --limit 51000 --tokens 100000 "
     "--rows 4 --rows-at-once 4 --learning-rate 2e-4 --precision fp32 --held-out 100 --save-every 10"
+)
+_OWN = (
+    "--answers self --answer-tokens 128 --data {runs}/data/{task}/prompts.jsonl --length 256 "
+    "--rows 8 --rows-at-once 8 --held-out 100 --watch {runs}/data/{task}/lite.jsonl "
+    "--save-every 10 --learning-rate 5e-4 --tokens 400000 "
 )
 _NARROW = (
     "--data {runs}/data/{task}/train.jsonl --raw --rows 16 --rows-at-once 16 --length 128 "
@@ -61,12 +77,20 @@ TASKS: dict[str, list[Arm]] = {
         Arm("ict", "--recipe heads --readout head --exits 12,18,24 " + _GENERAL, start="sft"),
     ],
     "exits": [
+        Arm("blocks", "--recipe heads --readout block --exits 12,18,24 " + _OWN),
+        Arm("affine", "--recipe heads --readout affine --exits 12,18,24 " + _OWN, of="blocks"),
+        Arm("late", "--recipe heads --readout block --exits 20,22,26,28 " + _OWN, of="blocks"),
         Arm(
-            "blocks",
-            "--recipe heads --readout block --exits 12,18,24 --answers self --answer-tokens 128 "
-            "--data {runs}/data/{task}/prompts.jsonl --limit 1400 --length 256 --rows 8 "
-            "--rows-at-once 8 --held-out 60 --save-every 10 --learning-rate 5e-4 --epochs 3 "
-            "--tokens 330000 --precision fp32",
+            "lora",
+            "--recipe lite --lora 32 --exits 12,18,24 --teacher base --distill 1 " + _OWN,
+            of="blocks",
+        ),
+        Arm(
+            "whole",
+            "--recipe lite --readout block --exits 12,18,24 --teacher base --distill 1 "
+            "--each-step rotate " + _OWN.replace("5e-4", "2e-4"),
+            start="blocks",
+            of="blocks",
         ),
     ],
     "e2e": [
@@ -119,6 +143,8 @@ def main() -> None:
         folder = options.runs / f"{options.task}-{arm.name}"
         if not (folder / "offramp.json").is_file():
             command = _command(arm, options.task, options.data, options.runs)
+            if arm.of is not None:
+                _share_answers(options.runs / f"{options.task}-{arm.of}", folder)
             more = ["--limit", str(options.limit)] if options.limit else []
             subprocess.run([*command, *more, "--out", str(folder)], check=True)
     rows = {arm.name: _row(options.runs / f"{options.task}-{arm.name}") for arm in arms}
@@ -144,11 +170,31 @@ def _prepare(task: str, data: Path, runs: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         made = [sys.executable, str(script), "--data", str(data), "--out"]
         subprocess.run([*made, str(out / "prompts.jsonl")], check=True)
+        if not (out / "lite.jsonl").is_file():
+            _answer_lite(data / "lite_test_sets" / "all_730.jsonl", out / "lite.jsonl")
         return
     if not (out / "test.jsonl").is_file():
         script = Path(__file__).with_name("narrow_data.py")
         made = [sys.executable, str(script), task, "--data", str(data / FOLDERS[task])]
         subprocess.run([*made, "--out", str(out)], check=True)
+
+
+def _answer_lite(prompts: Path, out: Path) -> None:
+    """Write what the default model says to some of LITE's prompts: text that no arm learns from."""
+    rows = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()]
+    drawn = random.Random(0).sample(rows, WATCHED)
+    asked = ["\n\n".join(filter(None, (row["instruction"], row["input"]))) for row in drawn]
+    result = offramp.load(weights="int8").generate(asked, max_new_tokens=96, batch_size=16)
+    pairs = zip(asked, result.outputs, strict=True)
+    made = [{"prompt": prompt, "completion": output.text} for prompt, output in pairs]
+    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
+
+
+def _share_answers(of: Path, folder: Path) -> None:
+    """Let an arm learn from answers that another one had written: a card of them says whose."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / ANSWERS).is_file():
+        shutil.copy(of / ANSWERS, folder / ANSWERS)
 
 
 def _command(arm: Arm, task: str, data: Path, runs: Path) -> list[str]:

@@ -323,14 +323,57 @@ def test_layers_for_adapters_that_do_not_exist_are_refused(
         tune(str(model), [str(rows)], short(lora=2, lora_layers=7), tmp_path / "out")
 
 
-@pytest.mark.parametrize("changes", [{"lora": 2}, {"recipe": "heads", "readout": "affine"}])
-def test_a_model_without_its_base_is_not_tuned_further(
-    changes: dict[str, Any], model: Path, rows: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("first", "then", "words"),
+    [
+        ({"lora": 2}, {}, "an adapter"),
+        ({"recipe": "heads", "readout": "affine"}, {}, "affine at 2, affine at 4"),
+        ({"recipe": "heads", "readout": "affine"}, {"readout": "block"}, "none of which goes on"),
+        ({"recipe": "gates"}, {}, "gates"),
+    ],
+)
+def test_what_lies_over_another_model_is_not_left_behind(
+    first: dict[str, Any],
+    then: dict[str, Any],
+    words: str,
+    model: Path,
+    rows: Path,
+    tmp_path: Path,
 ) -> None:
-    """An adapter or readouts are refused in one sentence."""
-    first = tune(str(model), [str(rows)], short(**changes), tmp_path / "first")
-    with pytest.raises(UsageError, match="tune that one, or a whole"):
-        tune(str(first.folder), [str(rows)], short(), tmp_path / "second")
+    """An adapter is refused, and so are readouts where none goes on."""
+    made = tune(str(model), [str(rows)], short(**first), tmp_path / "first")
+    with pytest.raises(UsageError, match=words):
+        tune(str(made.folder), [str(rows)], short(**then), tmp_path / "second")
+
+
+@pytest.mark.parametrize("recipe", ["heads", "lite"])
+@pytest.mark.parametrize("kind", ["affine", "head", "block"])
+def test_readouts_are_tuned_further_alone_or_with_the_model(
+    kind: str, recipe: str, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Where the first run ended, the second begins; what comes out names the model below."""
+    own = {"recipe": "heads", "readout": kind}
+    first = tune(str(model), [str(rows)], short(**own), tmp_path / "first")
+    then = short(recipe=recipe, readout=kind)
+    second = tune(str(first.folder), [str(rows)], then, tmp_path / "second")
+    assert second.before == first.after
+    assert second.after != first.after
+    assert second.card.base == first.card.base
+    third = tune(str(second.folder), [str(rows)], then, tmp_path / "third")
+    assert third.before == second.after
+
+
+def test_a_run_over_other_readouts_is_another_run(model: Path, rows: Path, tmp_path: Path) -> None:
+    """Its state is refused, though the model below is the same."""
+    own: dict[str, Any] = {"recipe": "heads", "readout": "affine"}
+    started = [
+        tune(str(model), [str(rows)], short(**own, seed=seed), tmp_path / str(seed)).folder
+        for seed in (1, 2)
+    ]
+    out = tmp_path / "out"
+    interrupted(started[0], rows, out, 2, short(**own))
+    with pytest.raises(OfframpError, match="another model"):
+        tune(str(started[1]), [str(rows)], short(**own), out)
 
 
 def test_a_whole_tuned_model_is_tuned_further(model: Path, rows: Path, tmp_path: Path) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from offramp.card import read_card
 from offramp.errors import OfframpError, UsageError
 from offramp.hf.adapter import find_layers
 from offramp.hf.load import quiet
-from offramp.hf.tuned import is_whole, load_tuned
+from offramp.hf.tuned import Tuned, is_whole, load_tuned
 from offramp.policy import check_exits
 from offramp.tune.gradients import seeded
 from offramp.tune.network import Net
@@ -56,32 +55,49 @@ def check_settings(settings: Settings) -> None:
         raise OfframpError("tuning draws its losses: pip install 'offramp[tune]'")
 
 
-def check_origin(name: str | None, settings: Settings) -> None:
-    """Refuse what cannot be tuned further, or not in this way.
+def open_origin(name: str | None, settings: Settings, *, trust_remote_code: bool = False) -> Tuned:
+    """Open what is to be tuned, with the readouts of its exits that this run goes on with.
+
+    Args:
+        name: a whole checkpoint, or readouts over one that they left as it was.
+        settings: which exits are taught, and what reads them out.
+        trust_remote_code: run modelling code that comes with the checkpoint.
 
     Raises:
-        UsageError: it is an adapter or readouts, which would be tuned without the model below
-            them, or it learnt prompts as they are and would now be asked in another way.
-        OfframpError: its card cannot be read.
+        UsageError: it is an adapter, which would be tuned without the model below it; it is
+            readouts, and no exit goes on with one; or it learnt prompts as they are and would now
+            be asked in another way.
+        OfframpError: it cannot be opened.
     """
-    if not is_whole(name):
+    origin = load_tuned(name, trust_remote_code=trust_remote_code)
+    card, whole = origin.card, is_whole(name)
+    if origin.changed and not whole:
         raise UsageError(
-            f"{name} holds an adapter or readouts over another model: tune that one, or a whole "
-            "checkpoint"
+            f"{name} is an adapter, and what lies below it would be tuned without it: make one "
+            "checkpoint of both (offramp export, with all its layers)"
         )
-    card = None if name is None or not Path(name).is_dir() else read_card(Path(name))
     if card is not None and card.recipe.settings.get("raw") is True and not settings.raw:
         raise UsageError(f"{name} was tuned on prompts as they are: give --raw here, too")
+    going_on = {
+        depth: readout
+        for depth, readout in origin.readouts.items()
+        if depth in settings.exits and readout.kind == settings.readout
+    }
+    if not going_on and not whole:
+        owned = {} if card is None else card.readouts
+        had = [f"{kind} at {depth}" for depth, kind in sorted(owned.items())]
+        raise UsageError(
+            f"{name} is another model with what its exits own ({', '.join(had) or 'gates'}), none "
+            "of which goes on: give such --exits and --readout, or tune that model"
+        )
+    return replace(origin, readouts=going_on)
 
 
-def open_teacher(
-    model: Any, tokenizer: Any, settings: Settings, *, trust_remote_code: bool = False
-) -> Any:
+def open_teacher(origin: Tuned, settings: Settings, *, trust_remote_code: bool = False) -> Any:
     """Return the model that is distilled, or None where it is the tuned model's own last layer.
 
     Args:
-        model: what is to be tuned, as yet unchanged.
-        tokenizer: its tokenizer.
+        origin: what is to be tuned, as yet unchanged.
         settings: who the teacher is; a tuned model of any form may be one, at its full depth.
         trust_remote_code: run modelling code that comes with the teacher.
 
@@ -92,10 +108,10 @@ def open_teacher(
     if settings.teacher == "last":
         return None
     if settings.teacher == "base":
-        return copy.deepcopy(model)
+        return copy.deepcopy(origin.model)
     teacher = load_tuned(settings.teacher, trust_remote_code=trust_remote_code)
-    words = [len(m.get_output_embeddings().weight) for m in (model, teacher.model)]
-    if words[0] != words[1] or tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+    words = [len(m.get_output_embeddings().weight) for m in (origin.model, teacher.model)]
+    if words[0] != words[1] or origin.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise UsageError(
             f"--teacher {settings.teacher} speaks other tokens than the model to be taught: its "
             "distribution says nothing about theirs"
@@ -103,11 +119,11 @@ def open_teacher(
     return teacher.model
 
 
-def open_net(model: Any, settings: Settings, teacher: Any = None) -> tuple[Net, Any]:
+def open_net(origin: Tuned, settings: Settings, teacher: Any = None) -> tuple[Net, Any]:
     """Return the model opened for a recipe, and the peft model around it or None.
 
     Args:
-        model: what is to be tuned.
+        origin: what is to be tuned, see :func:`open_origin`.
         settings: how.
         teacher: another model that is distilled, see :func:`open_teacher`.
 
@@ -115,8 +131,11 @@ def open_net(model: Any, settings: Settings, teacher: Any = None) -> tuple[Net, 
         UsageError: exits, or layers for adapters, that the model does not have.
         OfframpError: adapters are wanted, but peft is not installed.
     """
+    model = origin.model
     net = Net(model, settings.exits, settings.readout, teacher)
     check_exits(settings.exits, net.num_layers)
+    for depth, readout in origin.readouts.items():
+        net.readouts[str(depth)].load_state_dict(readout.tensors)
     # Last, and in place: an exit's block starts as a plain copy of the last layer.
     return net, _with_adapters(model, settings) if settings.lora else None
 

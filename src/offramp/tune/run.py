@@ -17,7 +17,8 @@ from offramp.card import Data as CardData
 from offramp.errors import UsageError
 from offramp.files import write_text
 from offramp.hf.backbone import fingerprint
-from offramp.hf.load import load_checkpoint
+from offramp.hf.load import DEFAULT_MODEL
+from offramp.hf.tuned import at_full_depth
 from offramp.machine import versions
 from offramp.model import load
 from offramp.policy import check_exits
@@ -28,7 +29,7 @@ from offramp.tune.finish import write_tuned
 from offramp.tune.log import draw, read_log
 from offramp.tune.loop import Tracker, make_accelerator, train
 from offramp.tune.network import Net
-from offramp.tune.opening import check_origin, check_settings, open_net, open_teacher
+from offramp.tune.opening import check_settings, open_net, open_origin, open_teacher
 from offramp.tune.place import BEFORE, held
 from offramp.tune.report import draw_reliability
 from offramp.tune.rows import prompts_of, read_rows
@@ -88,23 +89,26 @@ def tune(
         UsageError: settings that do not go together, or exits the model does not have.
     """
     check_settings(settings)
-    check_origin(name, settings)
     accelerator = make_accelerator(settings, tracker, out)
     with held(out, main=accelerator.is_main_process):
-        model, tokenizer, shown = load_checkpoint(name, trust_remote_code=trust_remote_code)
-        started_from = fingerprint(model)  # adapters change its parameters' names
+        origin = open_origin(name, settings, trust_remote_code=trust_remote_code)
+        # Now, as adapters change its parameters' names.
+        base = Base(
+            name=at_full_depth(name) or DEFAULT_MODEL, fingerprint=fingerprint(origin.model)
+        )
+        started_from = fingerprint(origin.model, origin.readouts)
         # Before hours of answering: it may be refused.
-        teacher = open_teacher(model, tokenizer, settings, trust_remote_code=trust_remote_code)
+        teacher = open_teacher(origin, settings, trust_remote_code=trust_remote_code)
         material = None
         if settings.answers is not None:
             with accelerator.main_process_first():  # the others then find the answers written
                 material = _answered(
                     name, data, settings, out, limit, skip_bad, trust_remote_code, accelerator
                 )
-        net, adapted = open_net(model, settings, teacher)
+        net, adapted = open_net(origin, settings, teacher)
         read = partial(
             read_examples,
-            tokenizer=tokenizer,
+            tokenizer=origin.tokenizer,
             raw=settings.raw,
             max_length=settings.length,
             skip_bad=skip_bad,
@@ -124,7 +128,7 @@ def tune(
         before = figures_before(out, run, judged, figures, main=accelerator.is_main_process)
         accelerator.init_trackers("offramp", {k: str(value) for k, value in chosen.items()})
         seen = train(net, training, settings, run, out, accelerator, save_every=save_every)
-        card = _card(shown, run, settings, material, seen, net)
+        card = _card(base, run, settings, material, seen, net)
         tuned = Tuned(
             out,
             card,
@@ -135,7 +139,7 @@ def tune(
             accelerator.is_main_process,
         )
         if tuned.main:
-            _write(tuned, net, adapted, tokenizer)
+            _write(tuned, net, adapted, origin.tokenizer)
         accelerator.end_training()
         accelerator.wait_for_everyone()
     return tuned
@@ -228,9 +232,9 @@ def _must_leave_some(count: int, settings: Settings) -> None:
         )
 
 
-def _card(shown: str, run: Run, settings: Settings, material: Data, seen: int, net: Net) -> Card:
+def _card(base: Base, run: Run, settings: Settings, material: Data, seen: int, net: Net) -> Card:
     return Card(
-        base=Base(name=shown, fingerprint=run.model),
+        base=base,
         exits=settings.exits,
         readouts={int(depth): net.kind for depth in net.readouts},
         teacher=run.teacher,
