@@ -62,8 +62,10 @@ _GENERAL = (
 _OWN = (
     "--answers self --answer-tokens 128 --data {runs}/data/{task}/prompts.jsonl --length 256 "
     "--rows 8 --rows-at-once 8 --held-out 100 --watch {runs}/data/{task}/lite.jsonl "
-    "--save-every 10 --learning-rate 5e-4 --tokens 400000 "
+    "--save-every 10 "
 )
+_FAST = "--learning-rate 5e-4 --tokens 250000 "
+_TRIED = "--learning-rate 5e-4 --tokens 120000 "
 _NARROW = (
     "--data {runs}/data/{task}/train.jsonl --raw --rows 16 --rows-at-once 16 --length 128 "
     "--held-out 60 --watch {runs}/data/{task}/dev.jsonl --save-every 20 "
@@ -77,18 +79,22 @@ TASKS: dict[str, list[Arm]] = {
         Arm("ict", "--recipe heads --readout head --exits 12,18,24 " + _GENERAL, start="sft"),
     ],
     "exits": [
-        Arm("blocks", "--recipe heads --readout block --exits 12,18,24 " + _OWN),
-        Arm("affine", "--recipe heads --readout affine --exits 12,18,24 " + _OWN, of="blocks"),
-        Arm("late", "--recipe heads --readout block --exits 20,22,26,28 " + _OWN, of="blocks"),
+        Arm("blocks", "--recipe heads --readout block --exits 12,18,24 " + _OWN + _FAST),
+        Arm(
+            "affine",
+            "--recipe heads --readout affine --exits 12,18,24 " + _OWN + _TRIED,
+            of="blocks",
+        ),
+        Arm("late", "--recipe heads --readout block --exits 20,24,28 " + _OWN + _FAST, of="blocks"),
         Arm(
             "lora",
-            "--recipe lite --lora 32 --exits 12,18,24 --teacher base --distill 1 " + _OWN,
+            "--recipe lite --lora 32 --exits 12,18,24 --teacher base --distill 1 " + _OWN + _TRIED,
             of="blocks",
         ),
         Arm(
             "whole",
             "--recipe lite --readout block --exits 12,18,24 --teacher base --distill 1 "
-            "--each-step rotate " + _OWN.replace("5e-4", "2e-4"),
+            "--each-step rotate --learning-rate 2e-4 --tokens 150000 " + _OWN,
             start="blocks",
             of="blocks",
         ),

@@ -263,7 +263,8 @@ def load(
     if eos is None:
         eos = tuned.tokenizer.eos_token_id
     ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    if tuned.changed and weights == "int4":
+    borne = tuned.card is not None and tuned.card.recipe.settings.get("rounding") == "int4"
+    if tuned.changed and weights == "int4" and not borne:
         _log.warning("offramp: int4 rounds away most of what tuning %s changed", tuned.name)
     opened = _opened(model, tuned.readouts, backbone, weights)
     return Model(opened, tuned.tokenizer, tuned.name, frozenset(ids), tuned.card)

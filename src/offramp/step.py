@@ -206,16 +206,16 @@ def _collect(chosen: list[tuple[tuple[int, ...], Probe]], counts: list[int]) -> 
     depths = [probe.depth for group, probe in chosen for _ in group]
     # A text that left has one row; one that ran to the end has as many as were asked for.
     sizes = [
-        counts[m] if d == chosen[0][1].num_layers else 1
-        for m, d in zip(members, depths, strict=True)
+        [counts[m] if probe.depth == probe.num_layers else 1 for m in group]
+        for group, probe in chosen
     ]
     order = sorted(range(len(members)), key=members.__getitem__)
 
     def ordered(parts: list[Tensor]) -> Tensor:
         if order == list(range(len(order))):  # nothing to move
             return parts[0] if len(parts) == 1 else torch.cat(parts)
-        rows = torch.cat(parts).split(sizes)
-        return torch.cat([rows[i] for i in order])
+        rows = [row for part, own in zip(parts, sizes, strict=True) for row in part.split(own)]
+        return torch.cat([rows[i] for i in order])  # the one copy: logits are megabytes
 
     def widened(parts: list[Tensor]) -> list[Tensor]:
         """Let logits of short heads end where the longest do: what is not read is impossible."""

@@ -46,6 +46,13 @@ class TrackerName(StrEnum):
     tensorboard = "tensorboard"
 
 
+class Rounding(StrEnum):
+    """--rounding."""
+
+    none = "none"
+    int4 = "int4"
+
+
 class Precision(StrEnum):
     """Of the arithmetic."""
 
@@ -172,6 +179,13 @@ def tune(
             "fp32."
         ),
     ] = Precision.auto,
+    rounding: Annotated[
+        Rounding,
+        typer.Option(
+            help="Train the layers through int4's rounding, which undoes tuning otherwise: for "
+            "models that will be run with --weights int4."
+        ),
+    ] = Rounding.none,
     seed: Annotated[int, typer.Option(help="Of order, split and draws.")] = 0,
     trust_remote_code: o.Remote = False,
     json: o.Json = False,
@@ -214,6 +228,7 @@ def tune(
         held_out=held_out,
         seed=seed,
         precision=precision.value,
+        rounding=rounding.value,
         raw=raw,
     )
     tuned = run(

@@ -99,7 +99,8 @@ def _quantised(weight: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
     step, minimum = torch.zeros_like(least).half(), torch.zeros_like(least).half()
     codes = torch.zeros_like(groups)
     for grid in _grids(groups, form):
-        found = _codes(groups, grid.step, grid.minimum, 15 if form == "int4" else 255)
+        most = 15 if form == "int4" else 255
+        found = nearest(groups, grid.step.float()[..., None], grid.minimum.float()[..., None], most)
         width = grid.step.float()[..., None]
         error = (width * found + grid.minimum.float()[..., None] - groups).square().sum(-1)
         if grid.whole:
@@ -143,7 +144,14 @@ def _grids(groups: Tensor, form: Format) -> Iterator[_Grid]:
     yield _Grid(((high - low) / _FINE).half(), low.half())
 
 
-def _codes(groups: Tensor, step: Tensor, minimum: Tensor, most: int) -> Tensor:
-    step, minimum = step.float()[..., None], minimum.float()[..., None]
+def nearest(groups: Tensor, step: Tensor, minimum: Tensor, most: int) -> Tensor:
+    """Return the codes, 0 to ``most``, of the steps that are nearest to these weights.
+
+    Args:
+        groups: ``[O, I / 32, 32]``.
+        step: ``[O, I / 32, 1]``; where it is 0, every code is.
+        minimum: likewise, where code 0 lies.
+        most: the largest code.
+    """
     inverse = torch.where(step == 0, 0, 1 / step)
     return ((groups - minimum) * inverse).round().clamp(0, most)

@@ -18,6 +18,7 @@ from offramp.policy import check_exits
 from offramp.tune.gradients import seeded
 from offramp.tune.network import Net
 from offramp.tune.recipes import find
+from offramp.tune.rounding import round_layers
 from offramp.tune.settings import Settings
 
 
@@ -48,6 +49,11 @@ def check_settings(settings: Settings) -> None:
         raise UsageError(
             f"--recipe {settings.recipe} trains the last layer alone, which --distill cannot teach "
             "itself: give --teacher base or a model, too"
+        )
+    if settings.rounding != "none" and (settings.lora or settings.recipe in ("heads", "gates")):
+        raise UsageError(
+            "--rounding is for recipes that train all weights: adapters are rounded when they have "
+            "been merged, and --recipe heads and gates leave the model alone"
         )
     if settings.lora_layers and not settings.lora:
         raise UsageError("--lora-layers says which layers get adapters: give --lora RANK, too")
@@ -136,6 +142,8 @@ def open_net(origin: Tuned, settings: Settings, teacher: Any = None) -> tuple[Ne
     check_exits(settings.exits, net.num_layers)
     for depth, readout in origin.readouts.items():
         net.readouts[str(depth)].load_state_dict(readout.tensors)
+    if settings.rounding == "int4":
+        round_layers(net.adapter.layers)
     # Last, and in place: an exit's block starts as a plain copy of the last layer.
     return net, _with_adapters(model, settings) if settings.lora else None
 

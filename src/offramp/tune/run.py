@@ -32,6 +32,7 @@ from offramp.tune.network import Net
 from offramp.tune.opening import check_settings, open_net, open_origin, open_teacher
 from offramp.tune.place import BEFORE, held
 from offramp.tune.report import draw_reliability
+from offramp.tune.rounding import settle
 from offramp.tune.rows import prompts_of, read_rows
 from offramp.tune.settings import Settings
 from offramp.tune.state import Run, clear_state, must_continue
@@ -128,6 +129,7 @@ def tune(
         before = figures_before(out, run, judged, figures, main=accelerator.is_main_process)
         accelerator.init_trackers("offramp", {k: str(value) for k, value in chosen.items()})
         seen = train(net, training, settings, run, out, accelerator, save_every=save_every)
+        settle(net.adapter.layers)
         card = _card(base, run, settings, material, seen, net)
         tuned = Tuned(
             out,

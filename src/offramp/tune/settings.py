@@ -56,6 +56,8 @@ class Settings(Record):
     held_out: Annotated[int, Field(ge=0)] = 100
     """Examples that are kept out of training, for the report."""
     seed: int = 0
+    rounding: Literal["none", "int4"] = "none"
+    """Train the layers through this rounding, which is then in the weights that come out."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the arithmetic, auto: bf16 where the machine multiplies it; weights are held in fp32."""
     raw: bool = False
