@@ -174,11 +174,13 @@ def narrow(record: dict[str, Any]) -> str:
     ]
     for row in record["arms"]:
         took_all = row["clock"]["to_baseline"]["total"]
+        weights = row.get("weights", record["weights"])
+        plan = row["plan"] + ("" if weights == record["weights"] else f", {weights}")
         gap, times = row["differences"][score], row["clock"]["to_baseline"]["answers"]
         said = f"{gap['mean']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})"
         took = f"{times['median']:.2f} ({times['low']:.2f}-{times['high']:.2f})"
         lines.append(
-            f"| {row['name']} | {row['plan']} | {row[score]:.3f} | {said} "
+            f"| {row['name']} | {plan} | {row[score]:.3f} | {said} "
             f"| {row['layers_saved']:.0%} | {took} | {took_all:.2f} |"
         )
     machine = record["machine"]

@@ -5,8 +5,9 @@ r"""Does depth pay on a narrow task? Quality and wall-clock of tuned models unde
         --arm "lite 12" runs/lite 12:tokens:e2e/tokens.json \
         --arm exits runs/lite plans/exits.json --out results/narrow_e2e.json
 
-ROWS are what narrow_data.py wrote. An arm is a name, a model (folder, hub id or "default") and a
-plan: "full", a number of layers (with a head: 12:shortlist:4096, 30:tokens:FILE), or a plan file.
+ROWS are what narrow_data.py wrote. An arm is a name, a model (folder, hub id or "default"; its own
+--weights behind an @: runs/lite@int4) and a plan: "full", a number of layers (with a head:
+12:shortlist:4096, 30:tokens:FILE), or a plan file.
 The first arm is the baseline, whose quality and time all others are compared with; an arm is also
 timed against full depth of its own model, where that is an arm.
 
@@ -206,6 +207,7 @@ def _known(arm: Arm) -> dict[str, Any]:
         "model": shown(arm.model.name),
         "fingerprint": arm.model.backbone.fingerprint,
         "backbone": arm.model.backbone.name,
+        "weights": arm.model.backbone.weights,
         "plan": describe(arm.plan.run),
         "run": run,
     }

@@ -73,7 +73,8 @@ class Labels:
 def open_arms(wanted: Sequence[Sequence[str]], weights: Format) -> list[Arm]:
     """Return the arms of (name, model, plan); arms of one model share it.
 
-    A plan is "full", a number of layers with perhaps a head behind a colon, or a file.
+    A plan is "full", a number of layers with perhaps a head behind a colon, or a file. A model may
+    end with its own weights, as in ``runs/e2e@int4``.
 
     Raises:
         OfframpError: a model or a plan cannot be read, or they do not fit.
@@ -88,7 +89,10 @@ def open_arms(wanted: Sequence[Sequence[str]], weights: Format) -> list[Arm]:
             else parse_plan(text)
         )
         if source not in models:
-            models[source] = offramp.load(None if source == "default" else source, weights=weights)
+            model, _, form = source.partition("@")
+            models[source] = offramp.load(
+                None if model == "default" else model, weights=form or weights
+            )
         plan.check(models[source].backbone)
         arms.append(Arm(name, models[source], plan))
     return arms

@@ -62,10 +62,8 @@ _GENERAL = (
 _OWN = (
     "--answers self --answer-tokens 128 --data {runs}/data/{task}/prompts.jsonl --length 256 "
     "--rows 8 --rows-at-once 8 --held-out 100 --watch {runs}/data/{task}/lite.jsonl "
-    "--save-every 10 "
+    "--save-every 10 --learning-rate 5e-4 "
 )
-_FAST = "--learning-rate 5e-4 --tokens 250000 "
-_TRIED = "--learning-rate 5e-4 --tokens 120000 "
 _NARROW = (
     "--data {runs}/data/{task}/train.jsonl --raw --rows 16 --rows-at-once 16 --length 128 "
     "--held-out 60 --watch {runs}/data/{task}/dev.jsonl --save-every 20 "
@@ -79,22 +77,27 @@ TASKS: dict[str, list[Arm]] = {
         Arm("ict", "--recipe heads --readout head --exits 12,18,24 " + _GENERAL, start="sft"),
     ],
     "exits": [
-        Arm("blocks", "--recipe heads --readout block --exits 12,18,24 " + _OWN + _FAST),
+        Arm("blocks", "--recipe heads --readout block --exits 12,18,24 --tokens 250000 " + _OWN),
         Arm(
             "affine",
-            "--recipe heads --readout affine --exits 12,18,24 " + _OWN + _TRIED,
+            "--recipe heads --readout affine --exits 12,18,24 --tokens 120000 " + _OWN,
             of="blocks",
         ),
-        Arm("late", "--recipe heads --readout block --exits 20,24,28 " + _OWN + _FAST, of="blocks"),
+        Arm(
+            "late",
+            "--recipe heads --readout block --exits 20,24,28 --tokens 150000 " + _OWN,
+            of="blocks",
+        ),
         Arm(
             "lora",
-            "--recipe lite --lora 32 --exits 12,18,24 --teacher base --distill 1 " + _OWN + _TRIED,
+            "--recipe lite --lora 32 --exits 12,18,24 --teacher base --distill 1 "
+            "--tokens 120000 " + _OWN,
             of="blocks",
         ),
         Arm(
             "whole",
             "--recipe lite --readout block --exits 12,18,24 --teacher base --distill 1 "
-            "--each-step rotate --learning-rate 2e-4 --tokens 150000 " + _OWN,
+            "--each-step rotate --tokens 150000 " + _OWN.replace("5e-4", "2e-4"),
             start="blocks",
             of="blocks",
         ),

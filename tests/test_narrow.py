@@ -341,6 +341,8 @@ def test_arms_of_one_model_share_it(checkpoint: Path, tmp_path: Path) -> None:
     arms = open_arms([("a", source, "full"), ("b", source, "2:shortlist:9")], "fp32")
     assert arms[0].model is arms[1].model
     assert [arm.full for arm in arms] == [True, False]
+    [other] = open_arms([("c", f"{source}@int8", "full")], "fp32")
+    assert (arms[0].model.backbone.weights, other.model.backbone.weights) == ("fp32", "int8")
     with pytest.raises(offramp.UsageError):
         open_arms([("a", source, "9")], "fp32")
 

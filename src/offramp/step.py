@@ -219,10 +219,13 @@ def _collect(chosen: list[tuple[tuple[int, ...], Probe]], counts: list[int]) -> 
 
     def widened(parts: list[Tensor]) -> list[Tensor]:
         """Let logits of short heads end where the longest do: what is not read is impossible."""
-        widths = {part.shape[1] for part in parts}
-        if len(widths) == 1:
-            return parts
-        return [pad(part, (0, max(widths) - part.shape[1]), value=-math.inf) for part in parts]
+        widest = max(part.shape[1] for part in parts)
+        return [
+            pad(part, (0, widest - part.shape[1]), value=-math.inf)  # a copy even of no change
+            if part.shape[1] < widest
+            else part
+            for part in parts
+        ]
 
     probes = [probe for _, probe in chosen]
     if any(probe.is_read or probe.readout != probes[-1].readout for probe in probes):
