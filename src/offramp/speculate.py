@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -36,12 +37,12 @@ class Draft:
     min_confidence: float = 0.0
     """Stop drafting after a token to which the draft gives less than this probability."""
 
-    @property
+    @cached_property
     def shared(self) -> int:
         """Return how many leading layers the draft runs exactly as the full model does."""
         return next((i for i, layer in enumerate(self.layers) if layer != i), len(self.layers))
 
-    @property
+    @cached_property
     def policy(self) -> Policy:
         """Return where a drafted token leaves."""
         return fixed(self.shared)
@@ -140,10 +141,11 @@ def speculate(
     chooser = Always(draft) if isinstance(draft, Draft) else draft
     for candidate in chooser.drafts:
         candidate.check(backbone.shape.num_layers)
+    kept = _kept(backbone, chooser.drafts)
     for writers in Pool(backbone, requests, batch_size).rounds():
         begin, reading = chooser.clock(), sum(writer.reading for writer in writers)
         now = chooser.choose(len(writers), reading)
-        found = _round(backbone, writers, now, head, kept=_kept(backbone, chooser.drafts))
+        found = _round(backbone, writers, now, head, kept)
         seconds = chooser.clock() - begin
         confirmed = [(one.drafted, len(one.tokens) - 1) for one in found]
         chooser.learn(Round(now, len(writers), reading, confirmed, seconds))
