@@ -92,7 +92,7 @@ def open_arms(wanted: Sequence[Sequence[str]], weights: Format) -> list[Arm]:
         if source not in models:
             model, _, form = source.partition("@")
             models[source] = offramp.load(
-                None if model == "default" else model, weights=cast("Format", form) or weights
+                None if model == "default" else model, weights=cast("Format", form or weights)
             )
         plan.check(models[source].backbone)
         arms.append(Arm(name, models[source], plan))
