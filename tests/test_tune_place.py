@@ -18,6 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from offramp.errors import OfframpError, UsageError
 from offramp.tune import gradients, loop, run, state
+from offramp.tune.answers import ANSWERS
 from offramp.tune.data import NO_TOKENS, Example, read_examples
 from offramp.tune.gradients import arithmetic
 from offramp.tune.log import read_log
@@ -361,6 +362,20 @@ def test_readouts_are_tuned_further_alone_or_with_the_model(
     assert second.card.base == first.card.base
     third = tune(str(second.folder), [str(rows)], then, tmp_path / "third")
     assert third.before == second.after
+
+
+def test_readouts_learn_from_the_answers_of_the_model_below(
+    model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Its own answers are those, and another run's are taken as they are."""
+    own = {"readout": "affine", "answers": "self", "answer_tokens": 6}
+    first = tune(str(model), [str(rows)], short(recipe="heads", **own), tmp_path / "first").folder
+    out = tmp_path / "second"
+    out.mkdir()
+    shutil.copy(first / ANSWERS, out / ANSWERS)
+    kept = (first / ANSWERS).read_bytes()
+    tune(str(first), [str(rows)], short(**own), out)
+    assert (out / ANSWERS).read_bytes() == kept
 
 
 def test_a_run_over_other_readouts_is_another_run(model: Path, rows: Path, tmp_path: Path) -> None:

@@ -189,8 +189,8 @@ def _answered(
     prompts = prompts_of(rows.rows)
     if prompts:
         _must_leave_some(len(prompts), settings)
-    speaker = load(
-        name if settings.answers == "self" else settings.answers,
+    speaker = load(  # exits have no say in what it answers: all layers are run
+        at_full_depth(name) if settings.answers == "self" else settings.answers,
         weights=settings.answer_weights,
         trust_remote_code=trust_remote_code,
     )
