@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 from rich.console import Console
 
@@ -16,6 +17,9 @@ from offramp import shipped
 from offramp.cli.output import table
 from offramp.model import Result
 from offramp.plan import read_plan
+
+if TYPE_CHECKING:
+    from offramp.fast.pack import Format
 
 PROMPT = "Why is the sky blue? Answer in two sentences."
 MEANINGS = (
@@ -31,7 +35,8 @@ def main() -> None:
     """Generate, compare, and say honestly what it cost."""
     console = Console(highlight=False, width=100)
     same = _lossless(console)
-    _certified(console)
+    _certified(console, shipped.EXITS, shipped.EXITS)
+    _certified(console, None, shipped.SHORT)
     _narrow(console)
     sys.exit(not same)
 
@@ -55,13 +60,16 @@ def _lossless(console: Console) -> bool:
     return same
 
 
-def _certified(console: Console) -> None:
-    """Leave at an exit that was taught to speak, as often as a certificate allows."""
-    plan = read_plan(shipped.plan(shipped.EXITS))
+def _certified(console: Console, source: str | None, name: str) -> None:
+    """Leave where an exit is sure, as often as a certificate allows.
+
+    At 24 of 30 layers, at an exit that was taught to speak; or after the last one, where a short
+    head may choose in place of the full one.
+    """
+    plan = read_plan(shipped.plan(name))
     made = plan.certificate
     assert made is not None
-    assert made.weights == "int8"
-    model = offramp.load(shipped.EXITS, weights="int8")
+    model = offramp.load(source, weights=cast("Format", made.weights))
     console.print(
         f"{model.name} ({made.weights}): certified that at most {made.alpha:.0%} of a text's "
         f"tokens are not the\nfull model's choice ({made.method}, {made.n} texts, delta "

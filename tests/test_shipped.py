@@ -9,6 +9,7 @@ import torch
 
 import offramp
 from offramp import shipped
+from offramp.fast.pack import Format
 from offramp.plan import read_plan
 from offramp.runs import Exit
 from offramp.text import encode
@@ -29,10 +30,12 @@ def test_a_local_folder_of_that_name_goes_first(
     assert shipped.folder("elsewhere") is shipped.folder(None) is None
     assert shipped.plan("my.json") == Path("my.json")
     monkeypatch.chdir(tmp_path)
-    for name in shipped.NAMES:
-        assert shipped.folder(name) == shipped.plan(name).parent
+    for name in shipped.PLANS:
+        assert shipped.plan(name).is_file()
+        assert shipped.folder(name) in (None, shipped.plan(name).parent)
         (tmp_path / name).mkdir()
         assert shipped.folder(name) is None
+        assert shipped.plan(name) == Path(name)
 
 
 def test_all_of_it_is_small() -> None:
@@ -63,14 +66,21 @@ def test_the_exits_leave_the_model_as_it_was_and_know_it(smol: offramp.Model) ->
 
 @pytest.mark.real
 @pytest.mark.parametrize(
-    ("name", "prompts"), [(shipped.EXITS, PROMPTS), (shipped.NARROW, MEANINGS)]
+    ("name", "source", "weights", "prompts"),
+    [
+        (shipped.EXITS, shipped.EXITS, "int8", PROMPTS),
+        (shipped.NARROW, shipped.NARROW, "int8", MEANINGS),
+        (shipped.SHORT, None, "int4", PROMPTS),
+    ],
 )
-def test_a_plan_is_certified_for_its_model_and_spares_work(name: str, prompts: list[str]) -> None:
+def test_a_plan_is_certified_for_its_model_and_spares_work(
+    name: str, source: str | None, weights: Format, prompts: list[str]
+) -> None:
     """As sealed: nobody changed it, it is for these weights, and tokens do leave."""
     plan = read_plan(shipped.plan(name))
     assert plan.certificate is not None
-    assert plan.certificate.weights == "int8"
-    model = offramp.load(name, weights="int8")
+    assert plan.certificate.weights == weights
+    model = offramp.load(source, weights=weights)
     plan.check(model.backbone)
     assert isinstance(plan.run, Exit)
     said = model.generate(prompts, plan=plan, max_new_tokens=24)

@@ -368,7 +368,7 @@ def test_readouts_learn_from_the_answers_of_the_model_below(
     model: Path, rows: Path, tmp_path: Path
 ) -> None:
     """Its own answers are those, and another run's are taken as they are."""
-    own = {"readout": "affine", "answers": "self", "answer_tokens": 6}
+    own: dict[str, Any] = {"readout": "affine", "answers": "self", "answer_tokens": 6}
     first = tune(str(model), [str(rows)], short(recipe="heads", **own), tmp_path / "first").folder
     out = tmp_path / "second"
     out.mkdir()

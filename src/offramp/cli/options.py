@@ -91,8 +91,9 @@ PlanFile = Annotated[
     str | None,
     typer.Option(
         "--plan",
-        help="A plan file, 'full' for every layer and every token (default), or 'default-exits' or "
-        "'e2e-16', each certified for the model of that name.",
+        help="A plan file, 'full' for every layer and every token (default), or one that comes "
+        "along: 'default-exits' or 'e2e-16', certified for the model of that name in int8, or "
+        "'default-int4', for the default model in int4.",
     ),
 ]
 DraftDepth = Annotated[

@@ -1,4 +1,4 @@
-"""What comes with offramp, by name: two models over the default one, and a certified plan for each.
+"""What comes with offramp, by name: two models over the default one, and certified plans.
 
 See docs/tuning.md for how they were made.
 """
@@ -11,8 +11,12 @@ EXITS = "default-exits"
 """The default model as it is, with an exit that was taught to speak."""
 NARROW = "e2e-16"
 """Sixteen of its layers, taught to say a list of attributes in a sentence (E2E)."""
+SHORT = "default-int4"
+"""A plan alone, for the default model itself in int4: a short head chooses where it is sure."""
 NAMES = (EXITS, NARROW)
-"""MODEL and ``--plan`` by these names."""
+"""MODEL by these names, each with a plan of the name."""
+PLANS = (*NAMES, SHORT)
+"""``--plan`` by these."""
 _PLAN = "plan.json"
 
 
@@ -24,6 +28,7 @@ def folder(name: str | None) -> Path | None:
 
 
 def plan(name: str) -> Path:
-    """Return the file of a plan: that of a model by its name, else the path given."""
-    found = folder(name)
-    return Path(name) if found is None else found / _PLAN
+    """Return the file of a plan that comes with offramp, else the path given."""
+    if name not in PLANS or Path(name).exists():
+        return Path(name)
+    return Path(__file__).parent / name / _PLAN
