@@ -258,6 +258,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "narrow_sst2": narrow,
         "narrow_ag_news": narrow,
         "narrow_e2e": narrow,
+        "narrow_e2e_int4": narrow,
         "race_e2e": race,
     },
     "docs/laws.md": {"lossless": lossless},
@@ -273,6 +274,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "policies": policies,
         "evaluate_exits": evaluated,
         "race": race,
+        "race_int4": race,
     },
     "docs/families.md": {"families": families},
 }
