@@ -38,6 +38,12 @@ def test_a_local_folder_of_that_name_goes_first(
         assert shipped.plan(name) == Path(name)
 
 
+def test_a_plan_is_not_taken_for_a_model() -> None:
+    """Before the hub is asked for it."""
+    with pytest.raises(offramp.UsageError, match="--plan default-int4"):
+        offramp.load(shipped.SHORT)
+
+
 def test_all_of_it_is_small() -> None:
     """25 MB at most: everybody who installs offramp takes it along."""
     assert sum(f.stat().st_size for f in Path(shipped.__file__).parent.rglob("*")) < 25e6

@@ -56,7 +56,10 @@ def load_tuned(
         OfframpError: it cannot be found or read, its base is another model, or its card tells of
             layers that it does not have.
         UnsupportedModelError: it is no causal LM.
+        UsageError: it is the name of a plan.
     """
+    if name is not None and shipped.folder(name) is None and shipped.plan(name) != Path(name):
+        raise UsageError(f"{name} is no model but a plan for the default one: --plan {name}")
     if is_whole(name):
         model, tokenizer, shown = load_checkpoint(
             name, weights=weights, trust_remote_code=trust_remote_code
