@@ -13,28 +13,13 @@ from torch import Tensor, nn
 import offramp
 from offramp.errors import UsageError
 from offramp.fast.pack import dequantise, quantise
-from offramp.tune import run
 from offramp.tune.data import read_examples
 from offramp.tune.network import Net
 from offramp.tune.report import judge
 from offramp.tune.rounding import Rounded
 from offramp.tune.run import hold_out, tune
-from tests.conftest import save_tiny
 from tests.test_tune_loop import rows, settings, weights  # noqa: F401
-from tests.test_tune_place import interrupted
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than these runs."""
-    for name in ("draw", "draw_reliability"):
-        monkeypatch.setattr(run, name, lambda *_: None)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a tiny checkpoint."""
-    return save_tiny(tmp_path_factory.mktemp("model"))
+from tests.test_tune_place import interrupted, model, no_pictures  # noqa: F401
 
 
 def on_steps(weight: Tensor) -> Tensor:
@@ -50,7 +35,7 @@ def matrices(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("recipe", ["sft", "lite", "sorted"])
 def test_int4_holds_what_came_out_as_it_is(
     recipe: str,
-    model: Path,
+    model: Path,  # noqa: F811
     rows: Path,  # noqa: F811
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -69,7 +54,7 @@ def test_int4_holds_what_came_out_as_it_is(
 
 
 def test_the_figures_are_those_of_the_rounded_model(
-    model: Path,
+    model: Path,  # noqa: F811
     rows: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
@@ -86,7 +71,7 @@ def test_the_figures_are_those_of_the_rounded_model(
 
 
 def test_a_rounded_run_goes_on_bit_for_bit(
-    model: Path,
+    model: Path,  # noqa: F811
     rows: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
@@ -122,7 +107,7 @@ def test_gradients_pass_the_rounding(inputs: int) -> None:
 )
 def test_what_trains_no_weights_is_not_rounded(
     changes: dict[str, Any],
-    model: Path,
+    model: Path,  # noqa: F811
     rows: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
