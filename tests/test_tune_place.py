@@ -16,7 +16,9 @@ from filelock import FileLock
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from offramp.card import READOUTS
 from offramp.errors import OfframpError, UsageError
+from offramp.readouts import ExitReadout, read_readouts, write_readouts
 from offramp.tune import gradients, loop, run, state
 from offramp.tune.answers import ANSWERS
 from offramp.tune.data import NO_TOKENS, Example, read_examples
@@ -362,6 +364,17 @@ def test_readouts_are_tuned_further_alone_or_with_the_model(
     assert second.card.base == first.card.base
     third = tune(str(second.folder), [str(rows)], then, tmp_path / "third")
     assert third.before == second.after
+
+
+def test_readouts_of_another_model_are_refused(model: Path, rows: Path, tmp_path: Path) -> None:
+    """In one sentence, though their kind and depths are right."""
+    own: dict[str, Any] = {"recipe": "heads", "readout": "affine"}
+    first = tune(str(model), [str(rows)], short(**own), tmp_path / "first").folder
+    wrong = {"weight": torch.zeros(8, 8), "bias": torch.zeros(8)}
+    spoilt = {depth: ExitReadout("affine", wrong) for depth in read_readouts(first / READOUTS)}
+    write_readouts(first / READOUTS, spoilt)
+    with pytest.raises(OfframpError, match="affine of exit 2"):
+        tune(str(first), [str(rows)], short(**own), tmp_path / "second")
 
 
 def test_readouts_learn_from_the_answers_of_the_model_below(

@@ -32,7 +32,7 @@ def matrices(folder: Path) -> dict[str, Tensor]:
     return {n: w for n, w in weights(folder).items() if ".layers." in n and w.dim() == 2}
 
 
-@pytest.mark.parametrize("recipe", ["sft", "lite", "sorted"])
+@pytest.mark.parametrize("recipe", ["sft", "lite", "sorted", "layerskip", "skip"])
 def test_int4_holds_what_came_out_as_it_is(
     recipe: str,
     model: Path,  # noqa: F811

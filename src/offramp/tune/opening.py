@@ -135,13 +135,18 @@ def open_net(origin: Tuned, settings: Settings, teacher: Any = None) -> tuple[Ne
 
     Raises:
         UsageError: exits, or layers for adapters, that the model does not have.
-        OfframpError: adapters are wanted, but peft is not installed.
+        OfframpError: adapters are wanted, but peft is not installed; or readouts do not fit.
     """
     model = origin.model
     net = Net(model, settings.exits, settings.readout, teacher)
     check_exits(settings.exits, net.num_layers)
     for depth, readout in origin.readouts.items():
-        net.readouts[str(depth)].load_state_dict(readout.tensors)
+        try:
+            net.readouts[str(depth)].load_state_dict(readout.tensors)
+        except RuntimeError as error:  # names or shapes
+            raise OfframpError(
+                f"the {readout.kind} of exit {depth} in {origin.name} is of another model"
+            ) from error
     if settings.rounding == "int4":
         round_layers(net.adapter.layers)
     # Last, and in place: an exit's block starts as a plain copy of the last layer.
