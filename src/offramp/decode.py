@@ -91,7 +91,7 @@ def advance(backbone: Backbone, writers: Sequence[Writer], way: Way) -> Iterator
 
 def written(writers: Iterable[Writer], outcome: Outcome) -> Iterator[Token]:
     """Let each text choose its next token by what a step found, and yield it."""
-    for writer, logits, depth in zip(writers, outcome.logits.split(1), outcome.depths, strict=True):
+    for writer, logits, depth in zip(writers, outcome.rows, outcome.depths, strict=True):
         [token] = writer.request.choose(logits, writer.text.ids, len(writer.text.ids))
         writer.text.ids.append(token)
         yield writer.emit(token, depth)

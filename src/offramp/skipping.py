@@ -144,8 +144,8 @@ def skip_step(backbone: Backbone, texts: Sequence[Text], gates: SkipGates) -> Ou
             runs = gates.runs(layer, flow.tails([1] * len(texts))).tolist()
             flow = _through(backbone, layer, flow, runs)
             depths = [depth + ran for depth, ran in zip(depths, runs, strict=True)]
-        rows = flow.tails([1] * len(texts))
-        return Outcome(backbone.readout(rows, backbone.shape.num_layers), depths)
+        logits = backbone.readout(flow.tails([1] * len(texts)), backbone.shape.num_layers)
+        return Outcome(list(logits.split(1)), depths)
 
 
 def _through(backbone: Backbone, layer: int, flow: Flow, runs: Sequence[bool]) -> Flow:

@@ -191,10 +191,9 @@ def _round(
         tails=[count + 1 for count in counts],
     )
     backbone.meter.drafted += sum(counts)
-    rows = outcome.logits.split([count + 1 for count in counts])
     return [
         _Written(count, _confirm(backbone, writer, logits, start))
-        for writer, logits, start, count in zip(writers, rows, known, counts, strict=True)
+        for writer, logits, start, count in zip(writers, outcome.rows, known, counts, strict=True)
     ]
 
 
@@ -215,7 +214,7 @@ def _propose(backbone: Backbone, writers: list[Writer], draft: Draft, head: Read
             detour=draft.layers[draft.shared :],
         )
         going = []
-        for writer, logits in zip(drafting, outcome.logits.split(1), strict=True):
+        for writer, logits in zip(drafting, outcome.rows, strict=True):
             ids = writer.text.ids
             [token] = writer.request.choose(logits, ids, len(ids))
             ids.append(token)

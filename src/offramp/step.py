@@ -30,10 +30,19 @@ KV = Literal["exact", "copy"]
 class Outcome:
     """What one step found, text by text."""
 
-    logits: Tensor
-    """``[R, V]``: the rows asked for (one per text unless ``tails`` says more), text after text."""
+    rows: list[Tensor]
+    """``[n, V]`` of each text: the rows asked for (its last, unless ``tails`` says more). After a
+    short head V is less: what it does not read is impossible."""
     depths: list[int]
     """Layers that chose each text's last row."""
+
+    @property
+    def logits(self) -> Tensor:
+        """Return all rows, text after text, ``[R, V]``: a copy, of megabytes for many texts."""
+        if len(self.rows) == 1:
+            return self.rows[0]
+        widest = max(row.shape[1] for row in self.rows)
+        return torch.cat([pad(r, (0, widest - r.shape[1]), value=-math.inf) for r in self.rows])
 
 
 @torch.no_grad()
@@ -198,39 +207,22 @@ def _leave(backbone: Backbone, gone: Flow, skipped: Sequence[int], kv: KV) -> No
 
 
 def _collect(chosen: list[tuple[tuple[int, ...], Probe]], counts: list[int]) -> Outcome:
-    """Put all texts back in order, and read out the rows that have no logits yet.
+    """Give each text its rows, and read out those that have no logits yet.
 
     If none has, and one head reads all, rows of every depth share one pass over it.
     """
-    members = [member for group, _ in chosen for member in group]
-    depths = [probe.depth for group, probe in chosen for _ in group]
-    # A text that left has one row; one that ran to the end has as many as were asked for.
-    sizes = [
-        [counts[m] if probe.depth == probe.num_layers else 1 for m in group]
-        for group, probe in chosen
-    ]
-    order = sorted(range(len(members)), key=members.__getitem__)
-
-    def ordered(parts: list[Tensor]) -> Tensor:
-        if order == list(range(len(order))):  # nothing to move
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-        rows = [row for part, own in zip(parts, sizes, strict=True) for row in part.split(own)]
-        return torch.cat([rows[i] for i in order])  # the one copy: logits are megabytes
-
-    def widened(parts: list[Tensor]) -> list[Tensor]:
-        """Let logits of short heads end where the longest do: what is not read is impossible."""
-        widest = max(part.shape[1] for part in parts)
-        return [
-            pad(part, (0, widest - part.shape[1]), value=-math.inf)  # a copy even of no change
-            if part.shape[1] < widest
-            else part
-            for part in parts
-        ]
-
     probes = [probe for _, probe in chosen]
     if any(probe.is_read or probe.readout != probes[-1].readout for probe in probes):
-        logits = ordered(widened([probe.logits for probe in probes]))
+        parts = [probe.logits for probe in probes]
     else:
-        deepest = probes[-1]
-        logits = replace(deepest, hidden=ordered([probe.rows for probe in probes])).logits
-    return Outcome(logits, [depths[i] for i in order])
+        together = replace(probes[-1], hidden=torch.cat([probe.rows for probe in probes]))
+        parts = list(together.logits.split([len(probe.rows) for probe in probes]))
+    found: dict[int, tuple[Tensor, int]] = {}
+    for (members, probe), part in zip(chosen, parts, strict=True):
+        # A text that left has one row; one that ran to the end has as many as were asked for.
+        ended = probe.depth == probe.num_layers
+        sizes = [counts[member] if ended else 1 for member in members]
+        for member, rows in zip(members, part.split(sizes), strict=True):
+            found[member] = rows, probe.depth
+    ordered = [found[member] for member in sorted(found)]
+    return Outcome([rows for rows, _ in ordered], [depth for _, depth in ordered])

@@ -119,7 +119,7 @@ def _passed(
         finally:
             for text in texts:
                 backbone.close(text.slot)
-        for i, logits, depth in zip(batch, found.logits.split(counts), found.depths, strict=True):
+        for i, logits, depth in zip(batch, found.rows, found.depths, strict=True):
             logprobs, greedy = _judged(logits, items[i].said)
             depths = [depth] * len(logprobs)
             yield i, Score(float(logprobs.sum()), bool(greedy.all()), depths)
