@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -185,3 +185,33 @@ def test_an_own_readout_starts_as_the_model_would_speak(kind: str, depth: int) -
     torch.testing.assert_close(
         found, expected.adapter.readout(expected.states(batch, [depth]).rows[depth])
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_frozen_model_held_as_it_is_multiplied_computes_the_same(family: str) -> None:
+    """Bit for bit, embeddings and norms left as they were; a model that is trained is not held."""
+    batch = _batch(build(family).config.get_text_config().vocab_size)
+    found = []
+    for held in (False, True):
+        net = Net(build(family).eval(), EXITS, "block", build(family, seed=1).eval())
+        net.requires_grad_(False)
+        net.readouts.requires_grad_()
+        if held:
+            net.hold_frozen(torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            states = net.states(batch, [*EXITS, net.num_layers])
+            losses = net.losses(states, {}, dict.fromkeys(EXITS, 1.0), net.teach(batch))
+        losses.total.backward()
+        found.append(
+            (losses.total, [p.grad for p in net.readouts.parameters() if p.grad is not None])
+        )
+        linear = [m.weight.dtype for m in net.model.modules() if isinstance(m, nn.Linear)]
+        assert not held or set(linear) <= {torch.bfloat16}
+        assert net.model.get_input_embeddings().weight.dtype == torch.float32
+    (expected, gradients), (loss, same) = found
+    assert torch.equal(expected, loss)
+    assert gradients
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+    trained = Net(build(family), EXITS)
+    trained.hold_frozen(torch.bfloat16)
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,21 @@ def multiplies_bf16() -> bool:
     except OSError:
         return False
     return not words.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
+
+
+def keep_memory() -> bool:
+    """Let this process keep memory it has freed, for what it asks for next; True if that was done.
+
+    The C library of Linux maps every large array anew and unmaps it when it is freed, so each is
+    cleared, page by page, before it is written. A step of training makes hundreds: a sixth of its
+    time. Elsewhere nothing is done.
+    """
+    most_mapped, trim_above = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    try:
+        tell = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        return False
+    return bool(tell(most_mapped, 0)) and bool(tell(trim_above, 2**31 - 1))
 
 
 def versions() -> dict[str, str]:

@@ -31,6 +31,8 @@ class Student(nn.Module):
         net.requires_grad_(False)
         with seeded(settings.seed):
             self._recipe.trainable(net)  # it may make modules of its own
+        if precise := _multiplied_in(settings, next(net.parameters()).device):
+            net.hold_frozen(precise)
         self._settings = settings
         self.losses: Losses | None = None
         """Of the last forward."""
@@ -143,11 +145,17 @@ def arithmetic(settings: Settings, device: torch.device) -> torch.autocast:
 
     Not accelerate's: that is fixed for as long as the process lives.
     """
+    lower = _multiplied_in(settings, device)
+    return torch.autocast(device.type, lower or torch.bfloat16, enabled=lower is not None)
+
+
+def _multiplied_in(settings: Settings, device: torch.device) -> torch.dtype | None:
+    """Return what matrices are cast to before they are multiplied, or None if they are not."""
     bf16 = settings.precision == "bf16"
     if settings.precision == "auto":
         cuda = device.type == "cuda"
         bf16 = torch.cuda.is_bf16_supported(False) if cuda else multiplies_bf16()
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.bfloat16 if bf16 else None
 
 
 @contextmanager

@@ -109,13 +109,43 @@ class _Fused(torch.autograd.Function):
         return None, *(next(saved) * upstream if asked else None for asked in ctx.asked)
 
 
-def _taught(work: _Work, part: slice) -> Tensor | None:
-    """Return the teacher's log-probabilities ``[n, V]`` of these rows, if they are asked for."""
+@dataclass(frozen=True, eq=False)
+class _Said:
+    """What a chunk of logits says, in fp32."""
+
+    raised: Tensor
+    """``[n, V]``, logits less the largest of their row."""
+    likely: Tensor
+    """``[n, V]``, probabilities."""
+    scale: Tensor
+    """``[n, 1]``, what is to be taken from ``raised`` for log-probabilities."""
+
+    def information(self, of: _Said) -> Tensor:
+        """Return the cross-entropy of these log-probabilities under others' probabilities.
+
+        Summed over the rows. Their probabilities add up to one, so that a product suffices, and no
+        third array as wide as the vocabulary is made: passes over those cost as much as the head.
+        """
+        return self.scale.sum() - torch.dot(of.likely.flatten(), self.raised.flatten())
+
+
+def _said(logits: Tensor) -> _Said:
+    raised = logits.detach().to(torch.float32, copy=True)
+    raised -= raised.amax(-1, keepdim=True)
+    likely = raised.exp()
+    sums = likely.sum(-1, keepdim=True)
+    likely /= sums
+    return _Said(raised, likely, sums.log_())
+
+
+def _taught(work: _Work, part: slice) -> tuple[_Said, Tensor] | None:
+    """Return what the teacher says of these rows and its entropy, if it is asked."""
     if work.teacher is None or not any(term.soft for term in work.terms):
         return None
     states, read = work.teacher
     with torch.no_grad():
-        return torch.log_softmax(read(states[part].detach()), -1, dtype=torch.float32)
+        said = _said(read(states[part].detach()))
+    return said, said.information(said)
 
 
 def _accumulate(
@@ -123,25 +153,24 @@ def _accumulate(
     index: int,
     term: Term,
     part: slice,
-    taught: Tensor | None,
+    taught: tuple[_Said, Tensor] | None,
     gradients: list[Tensor | None],
 ) -> Tensor:
     """Add one chunk's gradients of one term, and return its weighted loss."""
     with torch.enable_grad():
         rows = term.rows[part].detach().requires_grad_()
         logits = term.read(rows)
-    labels = work.labels[part]
-    logs = torch.log_softmax(logits.detach(), -1, dtype=torch.float32)  # [n, V]
-    hard = -logs.gather(1, labels[:, None]).sum()
-    soft = logs.new_zeros(())
+    labels = work.labels[part, None]
+    said = _said(logits)
+    hard = (said.scale - said.raised.gather(1, labels)).sum()
+    soft = hard.new_zeros(())
+    slope = said.likely.mul_(term.hard + term.soft)  # d loss / d logits, [n, V]
+    slope.scatter_add_(1, labels, slope.new_full(labels.shape, -term.hard))
     if term.soft:
         assert taught is not None, "a soft term needs a teacher"
-        likely = taught.exp()
-        soft = (likely * (taught - logs)).sum()
-    slope = logs.exp_().mul_(term.hard + term.soft)  # d loss / d logits, [n, V]
-    slope.scatter_add_(1, labels[:, None], slope.new_full((len(labels), 1), -term.hard))
-    if term.soft:
-        slope.sub_(likely.mul_(term.soft))
+        teacher, entropy = taught
+        soft = said.information(teacher) - entropy
+        slope.sub_(teacher.likely, alpha=term.soft)
     found = torch.autograd.grad(
         logits, [rows, *work.parameters], slope.to(logits.dtype), allow_unused=True
     )

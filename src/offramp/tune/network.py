@@ -102,6 +102,22 @@ class Net(nn.Module):
         for parameter in adapters or list(self.model.parameters()):
             parameter.requires_grad_()
 
+    def hold_frozen(self, dtype: torch.dtype) -> None:
+        """Hold a model that is never trained as it is multiplied, instead of casting it each time.
+
+        Nothing changes but the time: autocast keeps its casts of trained weights for a pass, of
+        others not at all, and casting all layers takes a fifth of the time of running them.
+
+        Args:
+            dtype: what autocast would cast matrices to.
+        """
+        for teacher in self._teacher:
+            teacher.hold_frozen(dtype)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            for module in self.model.modules():
+                if isinstance(module, nn.Linear):  # an embedding tied to one stays as it is
+                    module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+
     def states(self, batch: Batch, depths: Sequence[int], between: Between | None = None) -> States:
         """Run the batch as deep as the deepest of ``depths`` and return the states asked for.
 
