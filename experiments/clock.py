@@ -3,9 +3,10 @@
     python experiments/clock.py --out results/clock.json
 
 Every round times one step of every contestant in turn (A B C ... A B C ...), after a look that
-brings its weights where a step finds them; ratios are medians of ratios within a round, so that a
-busy machine changes them little. What one exit check costs is a few per cent of a step, so checks
-are timed apart: on one text, step by step, in an order drawn anew for every round.
+brings its weights where a step finds them, and every part that steps are predicted from; ratios are
+medians of ratios within a round, so that a busy machine changes them little. What one exit check
+costs is a few per cent of a step, so checks are timed apart: on one text, step by step, in an order
+drawn anew for every round.
 ``offramp bench`` times whole answers, and other engines.
 """
 
@@ -39,9 +40,10 @@ from offramp.fast.open import open_fast
 from offramp.fast.pack import BYTES, Format
 from offramp.gate import Gate, fit_gate
 from offramp.hf.backbone import HFBackbone
+from offramp.meter import Meter
 from offramp.policy import Policy, Threshold, fixed
 from offramp.step import step
-from offramp.timing import Constants, constants
+from offramp.timing import Constants, Stand
 from offramp.trace import record
 
 EXIT = 12
@@ -63,10 +65,16 @@ class Contestant:
     options: dict[str, Any] = field(default_factory=dict)
     check: Check = FULL_HEAD
     seconds: list[float] = field(default_factory=list)
-    predicted: float = math.nan
+    work: Meter = field(default_factory=Meter)
+    """Of one step."""
 
-    def look(self, known: Constants) -> float:
-        """Time one step, and predict it from what it did."""
+    def predicted(self, known: Constants) -> float:
+        """Return the seconds that the cost model says a step takes, from what it does."""
+        shape = self.backbone.shape
+        return cost.seconds(self.work, known, shape, self.check.weights(shape))
+
+    def look(self) -> float:
+        """Time one step."""
         lengths = [len(text.ids) for text in self.texts]
         for text in self.texts:
             text.ids += text.ids[: self.rows]
@@ -76,9 +84,7 @@ class Contestant:
         for rows in out.rows:
             rows.numpy().argmax(-1)  # as greedy decoding chooses
         taken = time.perf_counter() - start
-        shape = self.backbone.shape
-        work = self.backbone.meter - before
-        self.predicted = cost.seconds(work, known, shape, self.check.weights(shape))
+        self.work = self.backbone.meter - before
         for text, length in zip(self.texts, lengths, strict=True):
             text.trim(length)
             self.backbone.trim(text.slot, length)
@@ -97,11 +103,12 @@ def main() -> None:
     assert isinstance(generic, HFBackbone)
     [prompt] = make_case(model.tokenizer, 1, 4600, 2).prompts
     backbone = open_fast(generic, options.weights)
-    known = constants(backbone)
     contestants = _contestants(backbone, prompt)
-    ceilings = _race(list(contestants.values()), known, options.rounds)
-    figures = _figures(contestants, backbone, ceilings)
-    checks = _checks(backbone, prompt, known)
+    stand = Stand(backbone)
+    ceilings = _race(list(contestants.values()), stand, options.rounds)
+    known = stand.constants()
+    figures = _figures(contestants, backbone, ceilings, known)
+    checks = _checks(backbone, prompt)
     for name, figure in {**figures, **checks}.items():
         print(f"{name:62} {figure}")
     finish(
@@ -119,7 +126,7 @@ def main() -> None:
                 name: {
                     "median": 1e3 * statistics.median(one.seconds),
                     "quartiles": [1e3 * edge for edge in spread(one.seconds)[1]],
-                    "predicted": 1e3 * one.predicted,
+                    "predicted": 1e3 * one.predicted(known),
                 }
                 for name, one in contestants.items()
             },
@@ -173,9 +180,7 @@ def _never(backbone: Backbone, ids: list[int]) -> list[tuple[str, Check, Policy]
     ]
 
 
-def _checks(
-    backbone: Backbone, ids: list[int], known: Constants
-) -> dict[str, dict[str, float | None]]:
+def _checks(backbone: Backbone, ids: list[int]) -> dict[str, dict[str, float | None]]:
     """Return what one exit that nobody takes adds to a step, in layers, each with its interval."""
     texts = [Text(ids[:256], backbone.open())]
     step(backbone, texts)
@@ -188,7 +193,7 @@ def _checks(
     order, draw = [first, without, *asked], random.Random(0)
     for _ in tqdm(range(PAIRS), unit="round", leave=False):
         for one in draw.sample(order, len(order)):
-            one.seconds.append(one.look(known))
+            one.seconds.append(one.look())
     depth, full = backbone.shape.num_layers - EXIT, np.array(without.seconds)
     layer = (full - np.array(first.seconds)) / depth
     return {
@@ -206,22 +211,25 @@ def _paired(added: np.ndarray, layer: np.ndarray) -> dict[str, float | None]:
     return {"median": middle, "low": low, "high": high, "predicted": None}
 
 
-def _race(contestants: Sequence[Contestant], known: Constants, rounds: int) -> list[float]:
+def _race(contestants: Sequence[Contestant], stand: Stand, rounds: int) -> list[float]:
     """Time all in turns; return the bytes per second that memory gave in each round."""
     meter, ceilings = ceiling_meter(), []
     for turn in tqdm(range(rounds + 2), unit="round", leave=False):
         for one in contestants:
             time.sleep(0.02)  # threads of what came before stop spinning
-            one.look(known)
-            taken = statistics.median(one.look(known) for _ in range(3))
+            one.look()
+            taken = statistics.median(one.look() for _ in range(3))
             if turn >= 2:
                 one.seconds.append(taken)
-        ceilings += [meter().bytes_per_second] if turn >= 2 else []
+        if turn >= 2:
+            ceilings.append(meter().bytes_per_second)
+            for point in stand.points():  # what is predicted from, in the same minutes
+                stand.look(point)
     return ceilings
 
 
 def _figures(
-    all_: dict[str, Contestant], backbone: Backbone, ceilings: Sequence[float]
+    all_: dict[str, Contestant], backbone: Backbone, ceilings: Sequence[float], known: Constants
 ) -> dict[str, dict[str, float | None]]:
     """Return what the steps say, each with its quartiles and the cost model's word."""
     shape = backbone.shape
@@ -233,7 +241,8 @@ def _figures(
     def ratio(over: str, under: str) -> dict[str, float | None]:
         a, b = all_[over], all_[under]
         return _told(
-            [x / y for x, y in zip(a.seconds, b.seconds, strict=True)], a.predicted / b.predicted
+            [x / y for x, y in zip(a.seconds, b.seconds, strict=True)],
+            a.predicted(known) / b.predicted(known),
         )
 
     return {

@@ -11,6 +11,7 @@ import hashlib
 import os
 import time
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -205,26 +206,43 @@ def measure(
 ) -> Constants:
     """Return the constants of a backbone by timing it, all points in turn, medians.
 
-    Every look at layers runs all of them, so that each finds its weights where a step finds them
-    (one layer alone would sit in a cache).
+    No point may take more than its share of the budget, so a long one, which averages over more of
+    what else the machine does, is looked at less often.
 
     Args:
         backbone: what to time; its meter goes on counting.
         clock: seconds, from any moment.
         told: hears how far it is.
     """
-    stand = _Stand(backbone, clock)
+    stand, begin = Stand(backbone, clock), clock()
     try:
-        samples = _sampled(stand, clock, told)
-        return _fitted(stand, {point: median(times) for point, times in samples.items()})
+        first: dict[_Point, float] = {}  # warm-up, but where nothing else is
+        for point in stand.points():
+            if len(first) >= _FEWEST and clock() - begin > _BUDGET / 4:
+                break
+            first[point] = stand.time(*point)
+        share = _BUDGET / len(first)
+        for turn in range(1, _TURNS + 1):
+            for point in first:
+                if clock() - begin < _BUDGET and sum(stand.samples[point]) < share:
+                    stand.look(point)
+            told(max(turn / _TURNS, min((clock() - begin) / _BUDGET, 1.0)))
+        for point, seconds in first.items():
+            if not stand.samples[point]:
+                stand.samples[point] = [seconds]
+        return stand.constants()
     finally:
         stand.close()
 
 
-class _Stand:
-    """Times parts of a backbone on two texts of its own: an empty one and a long one."""
+class Stand:
+    """Times parts of a backbone on two texts of its own: an empty one and a long one.
 
-    def __init__(self, backbone: Backbone, clock: Clock) -> None:
+    Every look at layers runs all of them, so that each finds its weights where a step finds them
+    (one layer alone would sit in a cache).
+    """
+
+    def __init__(self, backbone: Backbone, clock: Clock = time.perf_counter) -> None:
         shape = backbone.shape
         self.backbone, self.clock = backbone, clock
         self.path = range(shape.num_layers)
@@ -236,6 +254,15 @@ class _Stand:
             self.texts[self.long] = Text(ids, backbone.open())
             spans = (Span(self.texts[self.long], 0, self.long),)
             backbone.fill(self.path, backbone.embed(spans), spans)  # any keys will do
+        self.samples: dict[_Point, list[float]] = defaultdict(list)
+
+    def look(self, point: _Point) -> None:
+        """Time one point, and keep what it took."""
+        self.samples[point].append(self.time(*point))
+
+    def constants(self) -> Constants:
+        """Return what the points looked at say, by their medians."""
+        return _fitted(self, {point: median(times) for point, times in self.samples.items()})
 
     def points(self) -> list[_Point]:
         """Return what to time, the most telling first."""
@@ -342,28 +369,7 @@ class _Inside:
         return result
 
 
-def _sampled(stand: _Stand, clock: Clock, told: Told) -> dict[_Point, list[float]]:
-    """Return the times of each point, warm-up apart where there are others.
-
-    No point may take more than its share of the budget, so a long one, which averages over more of
-    what else the machine does, is looked at less often.
-    """
-    begin = clock()
-    samples: dict[_Point, list[float]] = {}
-    for point in stand.points():
-        if len(samples) >= _FEWEST and clock() - begin > _BUDGET / 4:
-            break
-        samples[point] = [stand.time(*point)]
-    share = _BUDGET / len(samples)
-    for turn in range(1, _TURNS + 1):
-        for point, times in samples.items():
-            if clock() - begin < _BUDGET and sum(times[1:]) < share:
-                times.append(stand.time(*point))
-        told(max(turn / _TURNS, min((clock() - begin) / _BUDGET, 1.0)))
-    return {point: times[1:] or times for point, times in samples.items()}
-
-
-def _fitted(stand: _Stand, seconds: dict[_Point, float]) -> Constants:
+def _fitted(stand: Stand, seconds: dict[_Point, float]) -> Constants:
     depth = len(stand.path)
 
     def table(part: str, calls: int) -> tuple[tuple[int, float], ...]:
