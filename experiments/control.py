@@ -1,12 +1,12 @@
-"""What does controlled speculation take, against plain decoding and a fixed draft? In turns.
+"""What does controlled speculation take, against plain decoding and a fixed draft?
 
     python experiments/control.py --out results/control.json
 
 Two texts: ordinary requests, where the frozen default model's drafts gain nothing, and texts that
-repeat themselves, where they are often right; with --model any other model. Each round runs every
-contestant once, in an order that turns; a ratio is taken within a round. The machine is shared, so
-read the intervals, not the last digit. The first answer of each turn is not measured: it warms the
-caches and the control, which goes on from text to text.
+repeat themselves, where they are often right; with --model any other model. In each round all
+contestants write the same answers at once, token by token in turns, so that whatever else the
+machine does in a second falls on all of them; a ratio is taken within a round. The first answer of
+a round is not measured: it warms the caches and the control, which goes on from text to text.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -93,37 +94,56 @@ def raced(
     raw = name == "repeating"
     requests = [Request(encode(model.tokenizer, prompt, raw=raw), count) for prompt in prompts]
     seconds: dict[str, list[float]] = {run: [] for run in runs}
-    drafted: dict[str, tuple[int, int]] = {}
-    written: dict[str, list[int]] = {}
     for turn in range(rounds):
-        order = list(runs)[turn % len(runs) :] + list(runs)[: turn % len(runs)]
-        for one in order:
-            before = model.backbone.meter.copy()
-            took, written[one] = answered(model, runs[one], requests)
-            seconds[one].append(took)
-            work = model.backbone.meter - before
-            drafted[one] = work.drafted, work.accepted
+        order = [*list(runs)[turn % len(runs) :], *list(runs)[: turn % len(runs)]]
+        answers = written(model, {one: runs[one] for one in order}, requests)
+        assert all(found.ids == answers["plain"].ids for found in answers.values())  # lossless
+        for one, found in answers.items():
+            seconds[one].append(found.seconds)
         print(name, turn, {one: round(times[-1], 2) for one, times in seconds.items()}, flush=True)
-    assert all(ids == written["plain"] for ids in written.values())  # lossless
     return [
-        row(name, one, seconds[one], seconds["plain"], drafted[one])
+        row(name, one, seconds[one], seconds["plain"], answers[one])
         for one in runs
         if one != "plain"
     ]
 
 
-def answered(model: offramp.Model, run: Run, requests: list[Request]) -> tuple[float, list[int]]:
-    """Return the seconds of all answers but the first, and all tokens."""
-    ids, begin = [], 0.0
-    for token in execute(model.backbone, requests, run, batch_size=1):
-        ids.append(token.id)
-        if token.index == 0 and token.finish:
+@dataclass
+class Written:
+    """What one contestant wrote in a round, and what that took."""
+
+    ids: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    """Of all answers but the first."""
+    drafted: int = 0
+    accepted: int = 0
+
+
+def written(
+    model: offramp.Model, runs: dict[str, Run], requests: list[Request]
+) -> dict[str, Written]:
+    """Let all contestants write, a token of each in turn."""
+    going = {one: execute(model.backbone, requests, run, batch_size=1) for one, run in runs.items()}
+    answers = {one: Written() for one in runs}
+    while going:
+        for one, tokens in list(going.items()):
+            found, before = answers[one], model.backbone.meter.copy()
             begin = time.perf_counter()
-    return time.perf_counter() - begin, ids
+            token = next(tokens, None)
+            took = time.perf_counter() - begin
+            work = model.backbone.meter - before
+            found.drafted += work.drafted
+            found.accepted += work.accepted
+            if token is None:
+                del going[one]
+                continue
+            found.ids.append(token.id)
+            found.seconds += took if token.index else 0.0
+    return answers
 
 
 def row(
-    text: str, name: str, own: list[float], plain: list[float], drafted: tuple[int, int]
+    text: str, name: str, own: list[float], plain: list[float], last: Written
 ) -> dict[str, Any]:
     """Return the ratio to plain decoding within each round: median, quartiles, 95% interval."""
     ratios = [one / other for one, other in zip(own, plain, strict=True)]
@@ -137,8 +157,8 @@ def row(
         "time_ratio_quartiles": [low, high],
         "time_ratio_interval": [medians[RESAMPLES // 40], medians[-RESAMPLES // 40]],
         "ratios": ratios,
-        "drafted": drafted[0],
-        "accepted": drafted[1],
+        "drafted": last.drafted,
+        "accepted": last.accepted,
     }
     print(found, flush=True)
     return found

@@ -120,8 +120,8 @@ class _Said:
     scale: Tensor
     """``[n, 1]``, what is to be taken from ``raised`` for log-probabilities."""
 
-    def information(self, of: _Said) -> Tensor:
-        """Return the cross-entropy of these log-probabilities under others' probabilities.
+    def cross_entropy(self, of: _Said) -> Tensor:
+        """Return these log-probabilities' cross-entropy under the probabilities of others.
 
         Summed over the rows. Their probabilities add up to one, so that a product suffices, and no
         third array as wide as the vocabulary is made: passes over those cost as much as the head.
@@ -145,7 +145,7 @@ def _taught(work: _Work, part: slice) -> tuple[_Said, Tensor] | None:
     states, read = work.teacher
     with torch.no_grad():
         said = _said(read(states[part].detach()))
-    return said, said.information(said)
+    return said, said.cross_entropy(said)
 
 
 def _accumulate(
@@ -169,7 +169,7 @@ def _accumulate(
     if term.soft:
         assert taught is not None, "a soft term needs a teacher"
         teacher, entropy = taught
-        soft = said.information(teacher) - entropy
+        soft = said.cross_entropy(teacher) - entropy
         slope.sub_(teacher.likely, alpha=term.soft)
     found = torch.autograd.grad(
         logits, [rows, *work.parameters], slope.to(logits.dtype), allow_unused=True
