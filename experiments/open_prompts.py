@@ -1,8 +1,9 @@
 """Writes prompts that anyone may train on, for exits taught on the default model's own answers.
 
-    python experiments/open_prompts.py --data data --own 6000 --out prompts.jsonl
+    python experiments/open_prompts.py --data data --out prompts.jsonl
+    python experiments/open_prompts.py --own 3000 --out own.jsonl
     offramp tune --recipe heads --readout block --exits 18,24 --answers self --data prompts.jsonl \
-        --out exits
+        --data own.jsonl --out exits
 
 DATA is the folder that holds the sets below, whose licences let what was trained on them be
 shipped. Only prompts are taken, never answers; of the two with a test split, the training split.
@@ -64,14 +65,16 @@ SETS: dict[str, tuple[int, Callable[[dict[str, Any]], str]]] = {
 def main() -> None:
     """Write the prompts, mixed, and print how many are from where."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="the folder of data sets")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--own", type=int, default=0, help="prompts that the model asks itself")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if not (options.data or options.own):
+        parser.error("prompts of the sets in --data, or --own prompts of the model, or both")
     drawn = random.Random(options.seed)
     prompts: list[str] = []
-    for name, (most, asks) in SETS.items():
+    for name, (most, asks) in SETS.items() if options.data else ():
         asked = dict.fromkeys(asks(row).strip() for row in _rows(options.data / name))
         short = [prompt for prompt in asked if len(prompt) <= LONGEST]
         prompts += drawn.sample(short, min(most, len(short)))

@@ -8,8 +8,9 @@ TASK is one of
   made). Plain fine-tuning, SoFT (whose loss is LITE's where a step trains every exit), and a
   head per exit of the plain model; 100,000 tokens each, an hour on a core.
 * exits: ways of teaching the default model's exits on its own answers to prompts that anyone may
-  train on (`open_prompts.py`): a block per exit or an affine map, the model left alone; adapters;
-  a block per exit first and then all weights, the model as it was being the teacher; blocks late.
+  train on (`open_prompts.py`): a block per exit or an affine map, the model left alone; more of it
+  in smaller steps; the exit at 24 alone, on prompts of the model's own, too; adapters; all weights
+  after the blocks, the model as it was being the teacher.
   `ship_exits.py` makes of blocks what comes with offramp.
 * e2e: data to text. Plain fine-tuning first; then LITE with half of each exit's loss the last
   layer's, on that model's own answers to training and synthetic prompts; then more of it on those
@@ -43,6 +44,10 @@ WATCHED = 120
 """Of LITE's prompts, whose answers the exits are judged on, too."""
 
 
+ASKED = 3000
+"""Prompts that the default model is let ask itself."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One `offramp tune`: `{data}` and `{runs}` in its options are the folders."""
@@ -59,11 +64,19 @@ _GENERAL = (
     "--data {data}/alpaca_52k/alpaca_data_52k.jsonl.gz --skip-bad --limit 51000 --tokens 100000 "
     "--rows 4 --rows-at-once 4 --learning-rate 2e-4 --precision fp32 --held-out 100 --save-every 10"
 )
-_OWN = (
-    "--answers self --answer-tokens 128 --data {runs}/data/{task}/prompts.jsonl --length 256 "
-    "--rows 8 --rows-at-once 8 --held-out 100 --watch {runs}/data/{task}/lite.jsonl "
-    "--save-every 10 --learning-rate 5e-4 "
-)
+
+
+def _own(rows: int, rate: str) -> str:
+    """Learn from the model's own answers to open prompts, so many rows of them in a step."""
+    return (
+        "--answers self --answer-tokens 128 --data {runs}/data/{task}/prompts.jsonl --length 256 "
+        "--held-out 100 --watch {runs}/data/{task}/lite.jsonl --save-every 50 "
+        f"--rows {rows} --rows-at-once {rows} --learning-rate {rate} "
+    )
+
+
+_BLOCKS = "--recipe heads --readout block "
+_ASKED = "--data {runs}/data/{task}/own.jsonl "
 _NARROW = (
     "--data {runs}/data/{task}/train.jsonl --raw --rows 16 --rows-at-once 16 --length 128 "
     "--held-out 60 --watch {runs}/data/{task}/dev.jsonl --save-every 20 "
@@ -77,28 +90,34 @@ TASKS: dict[str, list[Arm]] = {
         Arm("ict", "--recipe heads --readout head --exits 12,18,24 " + _GENERAL, start="sft"),
     ],
     "exits": [
-        Arm("blocks", "--recipe heads --readout block --exits 12,18,24 --tokens 250000 " + _OWN),
+        Arm("blocks", _BLOCKS + "--exits 12,18,24 --tokens 250000 " + _own(8, "5e-4")),
         Arm(
-            "affine",
-            "--recipe heads --readout affine --exits 12,18,24 --tokens 120000 " + _OWN,
+            "more",
+            _BLOCKS + "--exits 12,18,24 --tokens 520000 " + _own(2, "4e-4"),
+            start="blocks",
             of="blocks",
         ),
         Arm(
             "late",
-            "--recipe heads --readout block --exits 20,24,28 --tokens 150000 " + _OWN,
+            _BLOCKS + "--exits 24 --tokens 760000 " + _own(3, "3e-4") + _ASKED,
+            start="more",
+        ),
+        Arm(
+            "affine",
+            "--recipe heads --readout affine --exits 12,18,24 --tokens 250000 " + _own(2, "4e-4"),
             of="blocks",
         ),
         Arm(
             "lora",
             "--recipe lite --lora 32 --exits 12,18,24 --teacher base --distill 1 "
-            "--tokens 120000 " + _OWN,
+            "--tokens 120000 " + _own(8, "5e-4"),
             of="blocks",
         ),
         Arm(
             "whole",
             "--recipe lite --readout block --exits 12,18,24 --teacher base --distill 1 "
-            "--each-step rotate --tokens 150000 " + _OWN.replace("5e-4", "2e-4"),
-            start="blocks",
+            "--each-step rotate --tokens 150000 " + _own(8, "2e-4"),
+            start="more",
             of="blocks",
         ),
     ],
@@ -179,6 +198,9 @@ def _prepare(task: str, data: Path, runs: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         made = [sys.executable, str(script), "--data", str(data), "--out"]
         subprocess.run([*made, str(out / "prompts.jsonl")], check=True)
+        if not (out / "own.jsonl").is_file():
+            asked = [sys.executable, str(script), "--own", str(ASKED), "--out"]
+            subprocess.run([*asked, str(out / "own.jsonl")], check=True)
         if not (out / "lite.jsonl").is_file():
             _answer_lite(data / "lite_test_sets" / "all_730.jsonl", out / "lite.jsonl")
         return
