@@ -106,7 +106,7 @@ class Flow:
 
     def tails(self, counts: Sequence[int]) -> Tensor:
         """Return the last ``counts[i]`` rows of each span, joined."""
-        if sum(counts) == len(self.hidden):
+        if sum(counts) == self.hidden.shape[0]:
             return self.hidden
         return torch.cat(
             [rows[len(rows) - n :] for rows, n in zip(self.rows(), counts, strict=True)]

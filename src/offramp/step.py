@@ -212,17 +212,19 @@ def _collect(chosen: list[tuple[tuple[int, ...], Probe]], counts: list[int]) -> 
     If none has, and one head reads all, rows of every depth share one pass over it.
     """
     probes = [probe for _, probe in chosen]
-    if any(probe.is_read or probe.readout != probes[-1].readout for probe in probes):
+    last = probes[-1]
+    if len(probes) == 1 or any(p.is_read or p.readout != last.readout for p in probes):
         parts = [probe.logits for probe in probes]
     else:
-        together = replace(probes[-1], hidden=torch.cat([probe.rows for probe in probes]))
+        together = replace(last, hidden=torch.cat([probe.rows for probe in probes]))
         parts = list(together.logits.split([len(probe.rows) for probe in probes]))
     found: dict[int, tuple[Tensor, int]] = {}
     for (members, probe), part in zip(chosen, parts, strict=True):
         # A text that left has one row; one that ran to the end has as many as were asked for.
         ended = probe.depth == probe.num_layers
         sizes = [counts[member] if ended else 1 for member in members]
-        for member, rows in zip(members, part.split(sizes), strict=True):
+        split = part.split(sizes) if len(members) > 1 else (part,)
+        for member, rows in zip(members, split, strict=True):
             found[member] = rows, probe.depth
     ordered = [found[member] for member in sorted(found)]
     return Outcome([rows for rows, _ in ordered], [depth for _, depth in ordered])

@@ -93,7 +93,6 @@ class FastBackbone:
         """Forget positions from ``length`` on in every layer from ``first_layer`` on."""
         slot.trim(length, from_layer(first_layer, self.shape.num_layers, self.blocks))
 
-    @torch.no_grad()
     def embed(self, spans: Sequence[Span]) -> Tensor:
         """Return the inputs of the first layer for these rows, ``[N, D]``."""
         rows = torch.from_numpy(self._table[[token for span in spans for token in span.ids]])
@@ -111,7 +110,7 @@ class FastBackbone:
         watch: Watch,
     ) -> Ran:
         """Run segments up to an exit at which some row may leave."""
-        several = len(segments) > 1 and len(hidden) <= CHUNK
+        several = len(segments) > 1 and hidden.shape[0] <= CHUNK
         screen = self._screen(watch.bars, watch.look) if several else None
         if screen is None:
             return self._run(segments[:1], hidden, spans, None)
@@ -173,7 +172,7 @@ class FastBackbone:
             rows.data_ptr(),
             _rows(spans),
             watch,
-            _threads(len(hidden) * self.shape.layer_weights),
+            _threads(hidden.shape[0] * self.shape.layer_weights),
         )
         _check(done == 0)
         _appended(layers[: stops[done - 1]], spans)
@@ -201,7 +200,7 @@ class FastBackbone:
 
     def readout(self, hidden: Tensor, depth: int) -> Tensor:
         """Return logits ``[N, V]`` of states ``[N, D]``, by what the exit owns or all share."""
-        self.meter.read(len(hidden))
+        self.meter.read(hidden.shape[0])
         return self._read(self._heads.at(depth), self._mapped(hidden, depth))
 
     def shortlist(self, tokens: Tensor) -> Readout:
@@ -216,23 +215,24 @@ class FastBackbone:
         self.meter.checked(len(hidden))
         return self._read(head, self._mapped(hidden, depth))
 
-    @torch.no_grad()
     def _mapped(self, hidden: Tensor, depth: int) -> Tensor:
-        if depth in self.own.maps:
-            self.meter.mapped(len(hidden))
-        return self.own.mapped(hidden, depth)
+        if depth not in self.own.maps:
+            return hidden
+        self.meter.mapped(len(hidden))
+        with torch.no_grad():
+            return self.own.mapped(hidden, depth)
 
     def _read(self, head: CheapHead, hidden: Tensor) -> Tensor:
-        hidden = hidden.contiguous()
-        logits = torch.empty(len(hidden), head.head.outputs)
+        hidden, rows = hidden.contiguous(), hidden.shape[0]
+        logits = torch.empty(rows, head.head.outputs)
         status = self._library.offramp_readout(
             self._taken.struct,
             head.down,
             head.head,
             hidden.data_ptr(),
-            len(hidden),
+            rows,
             logits.data_ptr(),
-            _threads(len(hidden) * head.weights),
+            _threads(rows * head.weights),
         )
         _check(status)
         return logits
