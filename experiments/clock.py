@@ -34,7 +34,7 @@ from offramp.backbone import Backbone
 from offramp.batch import Text
 from offramp.bench.figures import spread
 from offramp.bench.own import ceiling_meter, make_case
-from offramp.checks import FULL_HEAD, Check, LowRank, Shortlist
+from offramp.checks import FULL_HEAD, Check, LowRank, Refined, Shortlist
 from offramp.cli.output import environment, finish
 from offramp.fast.open import open_fast
 from offramp.fast.pack import BYTES, Format
@@ -42,6 +42,7 @@ from offramp.gate import Gate, fit_gate
 from offramp.hf.backbone import HFBackbone
 from offramp.meter import Meter
 from offramp.policy import Policy, Threshold, fixed
+from offramp.probe import Readout
 from offramp.step import step
 from offramp.timing import Constants, Stand
 from offramp.trace import record
@@ -148,11 +149,13 @@ def _contestants(backbone: Backbone, ids: list[int]) -> dict[str, Contestant]:
         given = {key: facts.pop(key) for key in known & facts.keys()}
         made[name] = Contestant(name, backbone, texts, options=facts, **given)
 
-    short = Shortlist(size=SHORT)
+    short, refined = Shortlist(size=SHORT), Refined()
     first = range(EXIT)
     add("full")
     add("first 12", layers=first)
     add("first 12, short head", layers=first, head=short.look(backbone), check=short)
+    add("full, refined head", head=refined.look(backbone), check=refined)
+    add("first 12, refined head", layers=first, head=refined.look(backbone), check=refined)
     add("five rows", rows=5)
     add("context 4096", context=4096)
     add("context 4096, first 12", context=4096, layers=first)
@@ -249,6 +252,8 @@ def _figures(
         "full depth / first 12 of 30": ratio("full", "first 12"),
         "full depth / first 12 of 30, short head": ratio("full", "first 12, short head"),
         "the same at 4,096 tokens of context": ratio("context 4096", "context 4096, first 12"),
+        "full depth / first 12 of 30, refined head": ratio("full", "first 12, refined head"),
+        "full depth / the same, refined head": ratio("full", "full, refined head"),
         "five rows / one": ratio("five rows", "full"),
         "256 / 4,096 tokens of context": ratio("full", "context 4096"),
         "sixteen texts, half leave at 12 / all to 30": ratio(
@@ -271,16 +276,18 @@ def _told(values: Sequence[float], predicted: float | None) -> dict[str, float |
 def _agreement(generic: HFBackbone, ids: list[int]) -> dict[str, float]:
     """Return the share of positions where each format's greedy choice is fp32's, teacher-forced."""
 
-    def choices(backbone: Backbone) -> torch.Tensor:
+    def choices(backbone: Backbone, head: Readout | None = None) -> torch.Tensor:
         text = Text(list(ids), backbone.open())
-        return step(backbone, [text], tails=[len(ids)]).logits.argmax(-1)
+        return step(backbone, [text], tails=[len(ids)], head=head).logits.argmax(-1)
 
     expected = choices(generic)
     forms: tuple[Format, ...] = ("fp32", "bf16", "int8", "int4")
-    return {
-        form: (choices(open_fast(generic, form)) == expected).float().mean().item()
-        for form in forms
-    }
+    agreed = {}
+    for form in forms:
+        backbone = open_fast(generic, form)
+        agreed[form] = (choices(backbone) == expected).float().mean().item()
+    refined = choices(backbone, backbone.refined())
+    return agreed | {f"{form}, refined head": (refined == expected).float().mean().item()}
 
 
 def _second_start(weights: str) -> float:

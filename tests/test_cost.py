@@ -158,6 +158,10 @@ class Counting:
         """Count, and return logits of equal entries."""
         return lambda hidden, _depth: self.checked(len(hidden), 2)
 
+    def refined(self) -> Readout:
+        """Count, and return logits of equal entries."""
+        return lambda hidden, _depth: self.checked(len(hidden), 2)
+
     def checked(self, rows: int, entries: int) -> Tensor:
         """Count a cheap check."""
         self.meter.check_passes += 1

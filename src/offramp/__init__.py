@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from offramp.adainfer.fit import fit_classifier
     from offramp.calibrate.drift import Monitor
     from offramp.certificate import Certificate
-    from offramp.checks import GateFile, LowRank, Shortlist, Tokens
+    from offramp.checks import GateFile, LowRank, Refined, Shortlist, Tokens
     from offramp.errors import OfframpError, UnsupportedModelError, UsageError
     from offramp.gate import fit_gate
     from offramp.hf.door import custom_generate
@@ -32,7 +32,7 @@ _HOMES = {
     "adainfer.fit": ("fit_classifier",),
     "calibrate.drift": ("Monitor",),
     "certificate": ("Certificate",),
-    "checks": ("GateFile", "LowRank", "Shortlist", "Tokens"),
+    "checks": ("GateFile", "LowRank", "Refined", "Shortlist", "Tokens"),
     "errors": ("OfframpError", "UnsupportedModelError", "UsageError"),
     "gate": ("fit_gate",),
     "hf.door": ("custom_generate",),
@@ -67,6 +67,7 @@ __all__ = [
     "Path",
     "Piece",
     "Plan",
+    "Refined",
     "Result",
     "Route",
     "Sampling",

@@ -128,6 +128,13 @@ class Backbone(Protocol):
     def low_rank(self, rank: int) -> Readout:
         """Return a readout by the head's best approximation of this rank: logits ``[N, V]``."""
 
+    def refined(self) -> Readout:
+        """Return a readout of all entries whose largest logits are exact: logits ``[N, V]``.
+
+        The others may be off by what a rough look at their weights is off. Its rows are counted as
+        a cheap check's; where a rough look is no cheaper it is :meth:`readout` itself.
+        """
+
     def trim(self, slot: Any, length: int, *, first_layer: int = 0) -> None:
         """Forget positions from ``length`` on in every layer from ``first_layer`` on.
 

@@ -158,6 +158,36 @@ class LowRank(Record):
         return backbone.low_rank(self.rank)
 
 
+class Refined(Record):
+    """All logits, by a rough look at the weights; those that may be the largest, once more exactly.
+
+    So the token chosen is the full head's, but for an error of many standard errors at once.
+    """
+
+    kind: Literal["refined"] = "refined"
+
+    def __str__(self) -> str:
+        return "refined"
+
+    def must_fit(self, shape: Shape) -> None:
+        """Accept any model."""
+
+    def weights(self, shape: Shape) -> int:
+        """Return the matrix weights that one row multiplies: all, held as roughly as int4 layers.
+
+        Beside layers of another format this says too much: they are priced as those are.
+        """
+        return shape.head_weights
+
+    def look(self, backbone: Backbone) -> Readout | None:
+        """Return the readout by the rough head."""
+        return backbone.refined()
+
+    def choose(self, backbone: Backbone, always: Iterable[int]) -> Readout | None:
+        """Return the same: every token is possible."""
+        return backbone.refined()
+
+
 class GateFile(Record):
     """No head at all: the gates in a file (see :mod:`offramp.gate`) judge the state itself."""
 
@@ -180,8 +210,8 @@ class GateFile(Record):
         return None
 
 
-Check = FullHead | Shortlist | Tokens | LowRank | GateFile
-Head = FullHead | Shortlist | Tokens
+Check = FullHead | Shortlist | Tokens | LowRank | Refined | GateFile
+Head = FullHead | Shortlist | Tokens | Refined
 """What may choose tokens."""
 
 FULL_HEAD = FullHead()
@@ -242,14 +272,14 @@ def parse_check(text: str) -> Check:
     found = _head(text)
     if found is None:
         raise UsageError(
-            f"--check {text!r}: write full, shortlist:SIZE (2 or more), tokens:FILE, "
+            f"--check {text!r}: write full, refined, shortlist:SIZE (2 or more), tokens:FILE, "
             "low-rank:RANK or gate:FILE"
         )
     return found
 
 
 def parse_head(text: str) -> Head:
-    """Return the head that ``full``, ``shortlist:SIZE`` or ``tokens:FILE`` names.
+    """Return the head that ``full``, ``refined``, ``shortlist:SIZE`` or ``tokens:FILE`` names.
 
     Raises:
         UsageError: it names none.
@@ -257,7 +287,9 @@ def parse_head(text: str) -> Head:
     """
     found = _head(text)
     if found is None:
-        raise UsageError(f"--head {text!r}: write full, shortlist:SIZE (2 or more) or tokens:FILE")
+        raise UsageError(
+            f"--head {text!r}: write full, refined, shortlist:SIZE (2 or more) or tokens:FILE"
+        )
     return found
 
 
@@ -266,6 +298,8 @@ def _head(text: str) -> Head | None:
     number = int(value) if value.isascii() and value.isdigit() and len(value) < 10 else 0
     if text == "full":
         return FULL_HEAD
+    if text == "refined":
+        return Refined()
     if kind == "shortlist" and number >= 2:
         return Shortlist(size=number)
     if kind == "tokens" and value:

@@ -13,7 +13,16 @@ from torch import Tensor
 import offramp
 from offramp.backbone import Backbone
 from offramp.batch import Text
-from offramp.checks import FULL_HEAD, Check, Head, LowRank, Shortlist, Tokens, read_tokens
+from offramp.checks import (
+    FULL_HEAD,
+    Check,
+    Head,
+    LowRank,
+    Refined,
+    Shortlist,
+    Tokens,
+    read_tokens,
+)
 from offramp.cost import flops, weight_bytes
 from offramp.decode import decode
 from offramp.errors import OfframpError, UnsupportedModelError, UsageError
@@ -27,7 +36,7 @@ from offramp.plan import Plan, execute
 from offramp.policy import FULL, Policy, Threshold, fixed
 from offramp.probe import Probe, Readout
 from offramp.request import Request, Token
-from offramp.runs import Exit, Path
+from offramp.runs import Exit, Path, Run, Speculate
 from offramp.sample import Sampling
 from offramp.signals import find, score
 from offramp.step import KV, step
@@ -571,6 +580,63 @@ def test_a_short_head_of_exits_chooses_what_leaves_and_nothing_else(
                 assert token.id == int(logits.argmax())
             text.ids.append(token.id)
     assert {token.depth for token in tokens} == {3, backbone.shape.num_layers}
+
+
+@pytest.mark.parametrize("family", [*TEN, *FAST, *GRAPH])
+def test_the_largest_logits_of_a_refined_head_are_the_full_head_s(family: str) -> None:
+    """Whatever norm, bias, scale and soft cap a family has; its rough ones stay below them."""
+    backbone = opened(family)
+    shape = backbone.shape
+    draw = torch.Generator().manual_seed(5)
+    hidden = 3 * torch.randn(400, shape.hidden_size, generator=draw)
+    with counted(backbone):
+        expected = backbone.readout(hidden, shape.num_layers)
+        found = backbone.refined()(hidden, shape.num_layers)
+    assert found.shape == expected.shape
+    best = expected.argmax(-1, keepdim=True)
+    assert torch.equal(found.argmax(-1, keepdim=True), best)
+    assert_close(expected.gather(1, best), found.gather(1, best))
+
+
+@pytest.mark.parametrize("form", ["int4", "int8", "bf16"])
+def test_a_rough_look_settles_nothing_by_itself(form: Format) -> None:
+    """Of 4 bits alone many a choice would be wrong; settled, none is, whatever the layers hold."""
+    model = generic("llama")
+    backbone = open_fast(model, form)
+    rough = open_fast(model, "int4").low_rank(backbone.shape.hidden_size)
+    draw = torch.Generator().manual_seed(6)
+    hidden = torch.randn(2000, backbone.shape.hidden_size, generator=draw)
+    depth = backbone.shape.num_layers
+    exact = model.readout(hidden, depth).argmax(-1)
+    assert torch.equal(backbone.refined()(hidden, depth).argmax(-1), exact)
+    assert (rough(hidden, depth).argmax(-1) != exact).sum() > 20
+
+
+@pytest.mark.parametrize("family", BOTH)
+@pytest.mark.parametrize("kv", ["exact", "copy"])
+def test_plans_may_choose_by_a_refined_head(family: str, kv: KV) -> None:
+    """A sub-model, an exit, a look: tokens and depths are those by the full head."""
+    backbone = opened(family)
+    prompts = texts_of(backbone, [8, 5], seed=2)
+    runs: list[tuple[Run, Run]] = [
+        (
+            Exit(signal="max_prob", thresholds={2: 0.02, 4: 0.02}, kv=kv, head=Refined()),
+            Exit(signal="max_prob", thresholds={2: 0.02, 4: 0.02}, kv=kv),
+        ),
+        (Path(layers=(0, 1, 3, 5), head=Refined()), Path(layers=(0, 1, 3, 5))),
+        (Speculate(draft=(0, 1), head=Refined()), Speculate(draft=(0, 1))),
+    ]
+    for refined, plain in runs:
+        found, expected = (
+            [(t.index, t.id, t.depth) for t in execute(backbone, _asked(prompts), run)]
+            for run in (refined, plain)
+        )
+        assert found == expected
+        assert Plan.model_validate_json(Plan(run=refined).model_dump_json()).run == refined
+
+
+def _asked(prompts: Sequence[list[int]]) -> list[Request]:
+    return [Request(list(ids), 8) for ids in prompts]
 
 
 @pytest.mark.parametrize("family", BOTH)

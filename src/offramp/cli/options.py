@@ -135,7 +135,7 @@ CheckText = Annotated[
     str | None,
     typer.Option(
         "--check",
-        metavar="full|shortlist:N|tokens:FILE|low-rank:N|gate:FILE",
+        metavar="full|refined|shortlist:N|tokens:FILE|low-rank:N|gate:FILE",
         help="With --threshold: what the signal looks at; with a gate, write --threshold "
         "gate=DEPTH:VALUE,...",
     ),
@@ -144,10 +144,11 @@ HeadText = Annotated[
     str | None,
     typer.Option(
         "--head",
-        metavar="full|shortlist:N|tokens:FILE",
+        metavar="full|refined|shortlist:N|tokens:FILE",
         help="What chooses tokens with --exit, those that leave with --threshold, or those that "
-        "--draft or --adapt proposes; the N lowest token ids are the most frequent, a file lists "
-        "those of a narrow task.",
+        "--draft or --adapt proposes: refined looks roughly, and at those on top again, which pays "
+        "with int4; the N lowest token ids are the most frequent, a file lists those of a narrow "
+        "task.",
     ),
 ]
 ClassifierFile = Annotated[

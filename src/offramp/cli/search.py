@@ -70,7 +70,7 @@ def search(
         str | None,
         typer.Option(
             "--head",
-            metavar="full|shortlist:N|tokens:FILE",
+            metavar="full|refined|shortlist:N|tokens:FILE",
             help="With --as draft: what chooses the drafted tokens.",
         ),
     ] = None,

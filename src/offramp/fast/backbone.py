@@ -211,6 +211,10 @@ class FastBackbone:
         """Return a readout by the head's best approximation of this rank: logits ``[N, V]``."""
         return self._heads.low_rank(rank)
 
+    def refined(self) -> Readout:
+        """Return a readout whose largest logits are exact, the others near: logits ``[N, V]``."""
+        return self._heads.refined()
+
     def _checked(self, head: CheapHead, hidden: Tensor, depth: int) -> Tensor:
         self.meter.checked(len(hidden))
         return self._read(head, self._mapped(hidden, depth))
@@ -229,6 +233,7 @@ class FastBackbone:
             self._taken.struct,
             head.down,
             head.head,
+            head.exact,
             hidden.data_ptr(),
             rows,
             logits.data_ptr(),

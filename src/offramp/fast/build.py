@@ -15,6 +15,7 @@ from pathlib import Path
 from offramp.errors import OfframpError
 from offramp.fast.layout import (
     CHUNK,
+    ExactStruct,
     LayerStruct,
     MatrixStruct,
     ModelStruct,
@@ -106,7 +107,7 @@ def _processor() -> str:
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """Give the functions their types, and check that both sides agree on the structures."""
-    kinds = (MatrixStruct, LayerStruct, ModelStruct, TextStruct, WatchStruct)
+    kinds = (MatrixStruct, LayerStruct, ModelStruct, TextStruct, WatchStruct, ExactStruct)
     expected = [*map(ctypes.sizeof, kinds), CHUNK]
     sizes = (ctypes.c_int32 * len(expected))()
     library.offramp_sizes(sizes)
@@ -119,5 +120,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.offramp_run.argtypes = run
     library.offramp_fill.argtypes = [model, numbers, count, numbers, rows, count]
     matrix = ctypes.POINTER(MatrixStruct)
-    library.offramp_readout.argtypes = [model, matrix, matrix, numbers, count, numbers, count]
+    exact = ctypes.POINTER(ExactStruct)
+    read = (model, matrix, matrix, exact, numbers, count, numbers, count)
+    library.offramp_readout.argtypes = read
     return library

@@ -156,6 +156,10 @@ class GraphBackbone:
             )
         return self._reading(rank)
 
+    def refined(self) -> Readout:
+        """Return the full head's: nothing rougher is cheaper here."""
+        return self.readout
+
     def _reading(self, key: Hashable) -> Readout:
         @torch.no_grad()
         def readout(hidden: Tensor, _depth: int) -> Tensor:

@@ -8,12 +8,19 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from offramp.fast.layout import INT8, MatrixStruct
+from offramp.fast.layout import INT8, ExactStruct, MatrixStruct
 from offramp.fast.memory import Arena
-from offramp.fast.pack import LANES, Format, pack
+from offramp.fast.pack import GROUP, LANES, Format, dequantise, pack, quantise
 from offramp.heads import low_rank
 from offramp.probe import Readout
+
+SURE = 5.0
+"""Standard errors to either side that a rough logit is allowed: of two logits one would have to be
+off by seven to be taken for the other, once in a hundred billion."""
+_STATES = 0.01  # of a state's norm: more than its rounding to 8 bits is off
+_ROWS = 4096  # entries quantised at once: bounds the memory that takes
 
 
 @dataclass(eq=False)
@@ -25,6 +32,8 @@ class CheapHead:
     weights: int
     """Weights that one row multiplies."""
     kept: list[Tensor]
+    exact: ExactStruct | None = None
+    """Settles the largest logits of a head that is read roughly first."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -94,6 +103,10 @@ class Heads:
         made = partial(low_rank_head, gains=gains, rank=rank, form=form, arena=arena)
         return self._reading(rank, made)
 
+    def refined(self) -> Reading:
+        """Return a reading of all entries with 4 bits, and of those on top again as they are."""
+        return self._reading("refined", partial(refined_head, arena=self._arena))
+
     def _reading(self, key: Hashable, made: Callable[[nn.Linear], CheapHead]) -> Reading:
         if key not in self._cheap:
             own = {depth: made(head) for depth, head in self._plain_own.items()}
@@ -101,10 +114,12 @@ class Heads:
         return self._cheap[key]
 
     def behind(self, look: Readout | None) -> CheapHead | None:
-        """Return what ``look`` sees where no exit owns a head; None: it is none of these."""
+        """Return what ``look`` sees where no exit owns a head; None: it is none of these, or more
+        than a product of matrices."""
         if look is None:
             return self.shared
-        return next((made.shared for made in self._cheap.values() if made is look), None)
+        seen = (made.shared for made in self._cheap.values() if made is look)
+        return next((head for head in seen if head.exact is None), None)
 
     def multiplied(self) -> dict[str, tuple[int, int]]:
         """Return the (rows, calls) of the heads that choose, and of those that check."""
@@ -129,6 +144,32 @@ def low_rank_head(
     bias = None if head.bias is None else head.bias.detach()
     structs = (made.packed(down, None), made.packed(up, bias))
     return CheapHead(*structs, up.numel() + down.numel(), made.kept)
+
+
+def refined_head(head: nn.Linear, arena: Arena) -> CheapHead:
+    """Return the head with 4 bits a weight, and what settles which of its logits is the largest.
+
+    An entry's weights are off by ``e`` (root of the mean square), so its logit by about ``e`` times
+    the norm of the state: many small errors add up, of either sign, nearly as a normal one. So do
+    those of states of 8 bits.
+    """
+    weight = head.weight.detach().float().contiguous()
+    made = _Packer("int4", arena)
+    bias = None if head.bias is None else head.bias.detach()
+    struct = made.packed(weight, bias)
+    made.kept.append(weight)  # mostly the model's own, not another copy
+    errors = torch.cat([_errors(rows) for rows in weight.split(_ROWS)])
+    made.kept.append(SURE * errors)
+    exact = ExactStruct(*(part.data_ptr() for part in made.kept[-2:]))
+    return CheapHead(None, struct, weight.numel(), made.kept, exact)
+
+
+def _errors(weight: Tensor) -> Tensor:
+    """Return how far 4 bits are off of each entry's weights, ``[O]``."""
+    padded = functional.pad(weight, (0, -weight.shape[1] % GROUP))
+    rough = dequantise(*quantise(padded, "int4"))
+    squares = (rough - padded)[:, : weight.shape[1]].square().mean(1)
+    return (squares + (_STATES * weight).square().mean(1)).sqrt()
 
 
 def own_head(head: nn.Linear, form: Format, arena: Arena) -> CheapHead:

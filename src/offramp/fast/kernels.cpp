@@ -49,6 +49,12 @@ struct Layer {
     int32_t head_norm;
 };
 
+// What settles the largest logits of a head whose weights are read roughly first.
+struct Exact {
+    const float *rows;    // [outputs, hidden], as they are
+    const float *errors;  // [outputs]: how far a logit may be off, for a state of norm 1
+};
+
 struct Model {
     int32_t hidden, heads, kv_heads, head_size, inner, rotary, activation;
     int32_t kv_format;  // of keys and values: FP32 or INT8
@@ -999,11 +1005,45 @@ void scale_logits(const Model &m, float *logits, int64_t count) {
             logits[i] = m.logit_softcap * std::tanh(logits[i] / m.logit_softcap);
 }
 
+inline Floats dots(const float *a, const float *b, int size) {
+    Floats sums;
+    for (int i = 0; i + LANES <= size; i += LANES) sums += load(a + i) * load(b + i);
+    return sums;
+}
+
+float dot(const float *a, const float *b, int size) {
+    float sum = total(dots(a, b, size));
+    for (int i = size / LANES * LANES; i < size; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// Computes again, exactly, every logit that may be the largest: its upper end is not below the
+// highest lower end.
+void settle(const Exact &exact, const float *bias, const float *state, int size, float *logits,
+            int64_t outputs) {
+    const float norm = std::sqrt(dot(state, state, size));
+    const int64_t whole = outputs / LANES * LANES;
+    Floats ends = -INFINITY;
+    for (int64_t i = 0; i < whole; i += LANES)
+        ends = larger(load(logits + i) - norm * load(exact.errors + i), ends);
+    float highest = largest(ends);
+    for (int64_t i = whole; i < outputs; i++)
+        highest = std::max(highest, logits[i] - norm * exact.errors[i]);
+    auto again = [&](int64_t i) {
+        if (logits[i] + norm * exact.errors[i] >= highest)
+            logits[i] = dot(state, exact.rows + i * size, size) + (bias == nullptr ? 0 : bias[i]);
+    };
+    for (int64_t block = 0; block < whole; block += LANES)
+        if (largest(load(logits + block) + norm * load(exact.errors + block)) >= highest)
+            for (int64_t i = block; i < block + LANES; i++) again(i);
+    for (int64_t i = whole; i < outputs; i++) again(i);
+}
+
 // logits [n, outputs] of n states, state(i) each: the last norm, then head; or, where down is not
 // null, down and then head (a head of low rank). A row's logits belong to the thread of its row.
 template <typename State>
-void read_out(const Model &m, Matrix *down, Matrix &head, int n, State state, float *logits,
-              const Buffers &b) {
+void read_out(const Model &m, Matrix *down, Matrix &head, const Exact *exact, int n, State state,
+              float *logits, const Buffers &b) {
     const int64_t outputs = head.outputs;
     Matrix &first = down == nullptr ? head : *down;
     each_row(n, [&](int row) { enter(m, m.norm, state(row), b.x, row, first); });
@@ -1020,7 +1060,12 @@ void read_out(const Model &m, Matrix *down, Matrix &head, int n, State state, fl
     }
     multiply(head, b.x, n, logits, outputs);
     b.barrier->wait();
-    each_row(n, [&](int row) { scale_logits(m, logits + row * outputs, outputs); });
+    each_row(n, [&](int row) {
+        if (exact != nullptr)
+            settle(*exact, head.bias, b.x.states + int64_t(row) * b.x.width, m.hidden,
+                   logits + row * outputs, outputs);
+        scale_logits(m, logits + row * outputs, outputs);
+    });
 }
 
 // Runs the rows that ask through the layer that an exit owns; the others leave their keys and values.
@@ -1046,7 +1091,7 @@ bool may_leave(const Model &m, const Watch &w, int exit, const float *hidden, co
     };
     b.barrier->wait();  // a row's state is another thread's
     if (owns) run_own(m, w.blocks[exit], w, hidden, b);
-    if (w.signal != GATE) read_out(m, w.down, *w.head, asks, state, w.seen, b);
+    if (w.signal != GATE) read_out(m, w.down, *w.head, nullptr, asks, state, w.seen, b);
     each_row(asks, [&](int row) {
         w.scores[row] =
             w.signal == GATE
@@ -1123,8 +1168,8 @@ int32_t offramp_fill(const Model *m, const int32_t *layers, int32_t count, const
 }
 
 // logits [N, outputs] of states hidden [N, D]. Returns 0, or 1: no memory.
-int32_t offramp_readout(const Model *m, Matrix *down, Matrix *head, const float *hidden,
-                        int32_t rows, float *logits, int32_t threads) {
+int32_t offramp_readout(const Model *m, Matrix *down, Matrix *head, const Exact *exact,
+                        const float *hidden, int32_t rows, float *logits, int32_t threads) {
     Barrier meeting;
     Buffers b;
     b.barrier = &meeting;
@@ -1135,20 +1180,21 @@ int32_t offramp_readout(const Model *m, Matrix *down, Matrix *head, const float 
 #pragma omp parallel num_threads(threads)
     for (int start = 0; start < rows; start += CHUNK)
         read_out(
-            *m, down, *head, std::min(CHUNK, rows - start),
+            *m, down, *head, exact, std::min(CHUNK, rows - start),
             [&](int row) { return hidden + int64_t(start + row) * m->hidden; },
             logits + int64_t(start) * head->outputs, b);
     return 0;
 }
 
-// Sizes of Matrix, Layer, Model, Text and Watch, and the rows of a chunk: the caller's mirrors must
-// agree.
+// Sizes of Matrix, Layer, Model, Text, Watch and Exact, and the rows of a chunk: the caller's mirrors
+// must agree.
 void offramp_sizes(int32_t *sizes) {
     sizes[0] = sizeof(Matrix);
     sizes[1] = sizeof(Layer);
     sizes[2] = sizeof(Model);
     sizes[3] = sizeof(Text);
     sizes[4] = sizeof(Watch);
-    sizes[5] = CHUNK;
+    sizes[5] = sizeof(Exact);
+    sizes[6] = CHUNK;
 }
 }

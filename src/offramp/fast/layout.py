@@ -30,6 +30,12 @@ class MatrixStruct(ctypes.Structure):
     ]
 
 
+class ExactStruct(ctypes.Structure):
+    """What settles the largest logits of a head that is read roughly first."""
+
+    _fields_: ClassVar = [("rows", _pointer), ("errors", _pointer)]
+
+
 class LayerStruct(ctypes.Structure):
     """One decoder layer."""
 

@@ -187,6 +187,10 @@ class HFBackbone:
         """
         return self._reading(rank, partial(self._place.low_rank, rank))
 
+    def refined(self) -> Readout:
+        """Return the full head's: nothing rougher is cheaper here."""
+        return self.readout
+
     @cached_property
     def _place(self) -> HeadPlace:
         return HeadPlace(self.model, self.adapter)
