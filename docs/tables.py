@@ -255,6 +255,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "docs/tuning.md": {
         "train_speed": train_speed,
         "tuning_exits": tuning,
+        "tuning_blocks": tuning,
         "narrow_sst2": narrow,
         "narrow_ag_news": narrow,
         "narrow_e2e": narrow,

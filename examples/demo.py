@@ -35,8 +35,8 @@ def main() -> None:
     """Generate, compare, and say honestly what it cost."""
     console = Console(highlight=False, width=100)
     same = _lossless(console)
-    _certified(console, shipped.EXITS, shipped.EXITS)
-    _certified(console, None, shipped.SHORT)
+    _certified(console)
+    _refined(console)
     _narrow(console)
     sys.exit(not same)
 
@@ -60,16 +60,12 @@ def _lossless(console: Console) -> bool:
     return same
 
 
-def _certified(console: Console, source: str | None, name: str) -> None:
-    """Leave where an exit is sure, as often as a certificate allows.
-
-    At 24 of 30 layers, at an exit that was taught to speak; or after the last one, where a short
-    head may choose in place of the full one.
-    """
-    plan = read_plan(shipped.plan(name))
+def _certified(console: Console) -> None:
+    """Leave at 24 of 30 layers, at an exit that was taught to speak, as often as is certified."""
+    plan = read_plan(shipped.plan(shipped.EXITS))
     made = plan.certificate
     assert made is not None
-    model = offramp.load(source, weights=cast("Format", made.weights))
+    model = offramp.load(shipped.EXITS, weights=cast("Format", made.weights))
     console.print(
         f"{model.name} ({made.weights}): certified that at most {made.alpha:.0%} of a text's "
         f"tokens are not the\nfull model's choice ({made.method}, {made.n} texts, delta "
@@ -87,6 +83,24 @@ def _certified(console: Console, source: str | None, name: str) -> None:
     spared = 1 - early[0].figures.work.head_rows / len(depths)
     console.print(f"{left:.0%} of the tokens left early, {spared:.0%} were spared the full head.")
     _compare(console, f"Leaving, per token, median of {ROUNDS} rounds in turns,", early, full)
+
+
+def _refined(console: Console) -> None:
+    """Run all layers in 4 bits, and look at most of the vocabulary as roughly."""
+    plan = read_plan(shipped.plan(shipped.REFINED))
+    model = offramp.load(weights="int4")
+    prompts = [PROMPT, *MORE]
+    full, refined = [], []
+    for _ in range(ROUNDS):
+        full.append(model.generate(prompts, max_new_tokens=64, batch_size=1))
+        refined.append(model.generate(prompts, plan=plan, max_new_tokens=64, batch_size=1))
+    console.print(
+        f"{model.name} (int4), a head that is read roughly, and exactly where it counts.\n"
+    )
+    _costs(console, {"full depth": full[0], "refined head": refined[0]})
+    what = f"A refined head, per token, median of {ROUNDS} rounds in turns,"
+    _compare(console, what, refined, full)
+    console.print()
 
 
 def _narrow(console: Console) -> None:

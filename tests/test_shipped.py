@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import offramp
 from offramp import shipped
+from offramp.batch import Span, Text
 from offramp.fast.pack import Format
 from offramp.plan import read_plan
 from offramp.runs import Exit
@@ -41,7 +43,7 @@ def test_a_local_folder_of_that_name_goes_first(
 def test_a_plan_is_not_taken_for_a_model() -> None:
     """Before the hub is asked for it."""
     with pytest.raises(offramp.UsageError, match="--plan default-int4"):
-        offramp.load(shipped.SHORT)
+        offramp.load(shipped.REFINED)
 
 
 def test_all_of_it_is_small() -> None:
@@ -76,7 +78,6 @@ def test_the_exits_leave_the_model_as_it_was_and_know_it(smol: offramp.Model) ->
     [
         (shipped.EXITS, shipped.EXITS, "int8", PROMPTS),
         (shipped.NARROW, shipped.NARROW, "int8", MEANINGS),
-        (shipped.SHORT, None, "int4", PROMPTS),
     ],
 )
 def test_a_plan_is_certified_for_its_model_and_spares_work(
@@ -93,6 +94,25 @@ def test_a_plan_is_certified_for_its_model_and_spares_work(
     depths = [depth for one in said.outputs for depth in one.depths]
     assert min(depths) in plan.run.thresholds
     assert said.figures.work.head_rows < 0.8 * len(depths)  # who leaves is spared the full head
+
+
+@pytest.mark.real
+def test_a_refined_head_chooses_as_the_weights_do(smol: offramp.Model) -> None:
+    """Its tokens are the choice of the whole head in fp32 from the same states in int4."""
+    plan = read_plan(shipped.plan(shipped.REFINED))
+    model = offramp.load(weights="int4")
+    backbone, layers = model.backbone, range(model.backbone.shape.num_layers)
+    plan.check(backbone)
+    said = model.generate(PROMPTS, plan=plan, max_new_tokens=24)
+    assert said.figures.work.head_rows == 0
+    for prompt, output in zip(PROMPTS, said.outputs, strict=True):
+        asked, new = encode(model.tokenizer, prompt), list(output.token_ids)
+        text, states = Text(asked + new[:-1], backbone.open()), []
+        for start, stop in pairwise([0, *range(len(asked), len(text.ids) + 1)]):
+            spans = [Span(text, start, stop)]
+            states.append(backbone.run(layers, backbone.embed(spans), spans)[-1:])
+        exact = smol.backbone.readout(torch.cat(states), len(layers))
+        assert exact.argmax(-1).tolist() == new
 
 
 @pytest.mark.real

@@ -75,6 +75,8 @@ class Control:
     _times: dict[tuple[int, Draft | None], deque[float]] = field(
         default_factory=lambda: defaultdict(lambda: deque(maxlen=_SEEN))
     )
+    _took: dict[tuple[int, Draft | None], float] = field(default_factory=dict)
+    """Their medians: one changes in a round, and every draft is weighed in each."""
     _since: int = 0
 
     def choose(self, texts: int, reading: int) -> Draft | None:
@@ -82,7 +84,7 @@ class Control:
 
         Rounds that read prompts, and the first of a batch of another size, are plain.
         """
-        if reading or not self._times[texts, None] or self._since >= _AGAIN:
+        if reading or (texts, None) not in self._took or self._since >= _AGAIN:
             return None
         best, most = None, 1.0
         for draft in self.drafts:
@@ -96,7 +98,9 @@ class Control:
         """Take in what a round did and how long it took."""
         if done.reading:
             return
-        self._times[done.texts, done.draft].append(done.seconds)
+        key = done.texts, done.draft
+        self._times[key].append(done.seconds)
+        self._took[key] = median(self._times[key])
         for belief in self._beliefs.values():
             belief.fade()
         self._since += 1
@@ -113,10 +117,8 @@ class Control:
 
     def _cost(self, texts: int, draft: Draft) -> float:
         """Return what a round with this draft takes, a plain one = 1."""
-        times = self._times[texts, draft]
-        if not times:
-            return self.predicted[draft]
-        return median(times) / median(self._times[texts, None])
+        took = self._took.get((texts, draft))
+        return self.predicted[draft] if took is None else took / self._took[texts, None]
 
     def _hoped(self, draft: Draft) -> float:
         """Return how many tokens a text may hope for."""

@@ -242,8 +242,9 @@ def _confirm(
     right = 0
     while right < len(drafted) and drafted[right] == choices[right]:
         right += 1
-    text.trim(start + right)
-    backbone.trim(text.slot, start + right)
+    if right < len(drafted):
+        text.trim(start + right)
+        backbone.trim(text.slot, start + right)
     text.ids.append(choices[right])
     backbone.meter.accepted += right
     return [(token, True) for token in drafted[:right]] + [(choices[right], False)]

@@ -93,7 +93,7 @@ PlanFile = Annotated[
         "--plan",
         help="A plan file, 'full' for every layer and every token (default), or one that comes "
         "along: 'default-exits' or 'e2e-16', certified for the model of that name in int8, or "
-        "'default-int4', for the default model in int4.",
+        "'default-int4', all layers of the default model and a refined head, for int4.",
     ),
 ]
 DraftDepth = Annotated[

@@ -1,4 +1,4 @@
-"""What comes with offramp, by name: two models over the default one, and certified plans.
+"""What comes with offramp, by name: two models over the default one, and plans.
 
 See docs/tuning.md for how they were made.
 """
@@ -11,11 +11,11 @@ EXITS = "default-exits"
 """The default model as it is, with an exit that was taught to speak."""
 NARROW = "e2e-16"
 """Sixteen of its layers, taught to say a list of attributes in a sentence (E2E)."""
-SHORT = "default-int4"
-"""A plan alone, for the default model itself in int4: a short head chooses where it is sure."""
+REFINED = "default-int4"
+"""A plan alone, for the default model itself in int4: all layers, and a refined head."""
 NAMES = (EXITS, NARROW)
 """MODEL by these names, each with a plan of the name."""
-PLANS = (*NAMES, SHORT)
+PLANS = (*NAMES, REFINED)
 """``--plan`` by these."""
 _PLAN = "plan.json"
 
