@@ -8,11 +8,10 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from offramp.fast.layout import INT8, ExactStruct, MatrixStruct
 from offramp.fast.memory import Arena
-from offramp.fast.pack import GROUP, LANES, Format, dequantise, pack, quantise
+from offramp.fast.pack import LANES, Format, Packed, pack, pack_roughly
 from offramp.heads import low_rank
 from offramp.probe import Readout
 
@@ -20,7 +19,6 @@ SURE = 5.0
 """Standard errors to either side that a rough logit is allowed: of two logits one would have to be
 off by seven to be taken for the other, once in a hundred billion."""
 _STATES = 0.01  # of a state's norm: more than its rounding to 8 bits is off
-_ROWS = 4096  # entries quantised at once: bounds the memory that takes
 
 
 @dataclass(eq=False)
@@ -153,23 +151,14 @@ def refined_head(head: nn.Linear, arena: Arena) -> CheapHead:
     the norm of the state: many small errors add up, of either sign, nearly as a normal one. So do
     those of states of 8 bits.
     """
-    weight = head.weight.detach().float().contiguous()
+    weight = head.weight.detach().float().contiguous()  # mostly the model's own, not a copy
     made = _Packer("int4", arena)
-    bias = None if head.bias is None else head.bias.detach()
-    struct = made.packed(weight, bias)
-    made.kept.append(weight)  # mostly the model's own, not another copy
-    errors = torch.cat([_errors(rows) for rows in weight.split(_ROWS)])
-    made.kept.append(SURE * errors)
-    exact = ExactStruct(*(part.data_ptr() for part in made.kept[-2:]))
+    packed, errors = pack_roughly(weight)
+    errors = SURE * (errors.square() + (_STATES * weight).square().mean(1)).sqrt()
+    struct = made.struct(packed, None if head.bias is None else head.bias.detach())
+    made.kept += [weight, errors]
+    exact = ExactStruct(rows=weight.data_ptr(), errors=errors.data_ptr())
     return CheapHead(None, struct, weight.numel(), made.kept, exact)
-
-
-def _errors(weight: Tensor) -> Tensor:
-    """Return how far 4 bits are off of each entry's weights, ``[O]``."""
-    padded = functional.pad(weight, (0, -weight.shape[1] % GROUP))
-    rough = dequantise(*quantise(padded, "int4"))
-    squares = (rough - padded)[:, : weight.shape[1]].square().mean(1)
-    return (squares + (_STATES * weight).square().mean(1)).sqrt()
 
 
 def own_head(head: nn.Linear, form: Format, arena: Arena) -> CheapHead:
@@ -193,7 +182,9 @@ class _Packer:
         self._form, self._arena = form, arena
 
     def packed(self, weight: Tensor, bias: Tensor | None) -> MatrixStruct:
-        packed = pack(weight, self._form)
+        return self.struct(pack(weight, self._form), bias)
+
+    def struct(self, packed: Packed, bias: Tensor | None) -> MatrixStruct:
         struct = MatrixStruct(
             weights=self._address(packed.data),
             format=packed.format,

@@ -49,23 +49,52 @@ class Packed:
 
 def pack(weight: Tensor, form: Format) -> Packed:
     """Return ``weight [outputs, inputs]`` in the kernels' layout."""
-    outputs, inputs = weight.shape
-    spare = (-inputs % GROUP, -outputs % LANES)
-    padded = functional.pad(weight.detach().float(), (0, spare[0], 0, spare[1]))
+    padded = _padded(weight)
     if form == "fp32":
         data = padded.view(-1, LANES, padded.shape[1]).transpose(1, 2)
     elif form == "bf16":
         pairs = padded.bfloat16().view(-1, LANES, padded.shape[1] // 2, 2)
         data = pairs.transpose(1, 2).contiguous().view(torch.int16)
     else:
-        data = _blocks(padded, form)
-    data = data.contiguous().view(torch.uint8).flatten()
-    return Packed(data, _CODES[form], outputs, padded.shape[1])
+        data = _blocks(*quantise(padded, form), form)
+    return _laid_out(data, form, weight)
 
 
-def _blocks(weight: Tensor, form: Format) -> Tensor:
+def pack_roughly(weight: Tensor) -> tuple[Packed, Tensor]:
+    """Return ``weight [outputs, inputs]`` in int4, and how far that is off.
+
+    Steps go from each group's least to its largest weight; no better places are tried, which takes
+    several times as long. The second is per output, ``[outputs]``: the root of the mean square.
+    """
+    padded = _padded(weight)
+    parts, errors = [], []
+    for rows in padded.split(_ROWS):
+        groups = rows.view(len(rows), -1, GROUP)
+        low, high = groups.amin(-1), groups.amax(-1)
+        step, minimum = ((high - low) / 15).half(), low.half()
+        codes = nearest(groups, step.float()[..., None], minimum.float()[..., None], 15)
+        parts.append((step, minimum, codes.to(torch.uint8).flatten(1)))
+        off = (dequantise(*parts[-1]) - rows).square().sum(1)  # padding's is met by no state
+        errors.append((off / weight.shape[1]).sqrt())
+    step, minimum, codes = (torch.cat(column) for column in zip(*parts, strict=True))
+    packed = _laid_out(_blocks(step, minimum, codes, "int4"), "int4", weight)
+    return packed, torch.cat(errors)[: len(weight)]
+
+
+def _padded(weight: Tensor) -> Tensor:
+    outputs, inputs = weight.shape
+    spare = (-inputs % GROUP, -outputs % LANES)
+    return functional.pad(weight.detach().float(), (0, spare[0], 0, spare[1]))
+
+
+def _laid_out(data: Tensor, form: Format, weight: Tensor) -> Packed:
+    outputs, inputs = weight.shape
+    flat = data.contiguous().view(torch.uint8).flatten()
+    return Packed(flat, _CODES[form], outputs, inputs + -inputs % GROUP)
+
+
+def _blocks(step: Tensor, minimum: Tensor, codes: Tensor, form: Format) -> Tensor:
     """Return ``[blocks, groups, bytes]``: steps, minima, codes."""
-    step, minimum, codes = quantise(weight, form)
     groups = step.shape[1]
     heads = [part.view(-1, LANES, groups).transpose(1, 2) for part in (step, minimum)]
     fours = codes.view(-1, LANES, groups, 8, 4).permute(0, 2, 3, 1, 4)  # [b, g, 8, 16, 4]
