@@ -74,6 +74,23 @@ def test_gradients_are_those_of_the_naive_computation(family: str, chunk: int) -
         assert (found[name] / 2 - gradient).abs().max().item() <= bound, name
 
 
+def test_a_small_divergence_is_told() -> None:
+    """Of sure rows and of broad ones; a difference of sums over all rows would lose it."""
+    draw = torch.Generator().manual_seed(3)
+    taught = torch.randn(600, 2000, generator=draw) * torch.linspace(0.1, 3, 600)[:, None]
+    said = taught + 3e-3 * torch.randn(600, 2000, generator=draw)
+    expected = functional.kl_div(
+        said.double().log_softmax(-1),
+        taught.double().log_softmax(-1),
+        reduction="sum",
+        log_target=True,
+    )
+    term = Term(1, said, lambda rows: rows, 0.0, 1.0)
+    labels = torch.zeros(600, dtype=torch.long)
+    losses = exit_losses([term], labels, [], (taught, lambda rows: rows))
+    assert losses.soft[1] == pytest.approx(expected.item(), rel=0.05)
+
+
 def test_gradients_from_a_teacher_of_another_depth_are_the_naive_ones() -> None:
     """It has its own head and norm, and its states keep no graph."""
     student, teacher = build("llama", layers=3).eval(), build("llama", layers=6, seed=1).eval()

@@ -121,12 +121,14 @@ class _Said:
     """``[n, 1]``, what is to be taken from ``raised`` for log-probabilities."""
 
     def cross_entropy(self, of: _Said) -> Tensor:
-        """Return these log-probabilities' cross-entropy under the probabilities of others.
+        """Return these log-probabilities' cross-entropy under the probabilities of others, ``[n]``.
 
-        Summed over the rows. Their probabilities add up to one, so that a product suffices, and no
-        third array as wide as the vocabulary is made: passes over those cost as much as the head.
+        Their probabilities add up to one, so that a product suffices, and no third array as wide as
+        the vocabulary is made: passes over those cost as much as the head. Row by row: of a sum
+        over all rows a small divergence would be lost in the rounding.
         """
-        return self.scale.sum() - torch.dot(of.likely.flatten(), self.raised.flatten())
+        products = [torch.dot(p, q) for p, q in zip(of.likely, self.raised, strict=True)]
+        return self.scale[:, 0] - torch.stack(products)
 
 
 def _said(logits: Tensor) -> _Said:
@@ -139,7 +141,7 @@ def _said(logits: Tensor) -> _Said:
 
 
 def _taught(work: _Work, part: slice) -> tuple[_Said, Tensor] | None:
-    """Return what the teacher says of these rows and its entropy, if it is asked."""
+    """Return what the teacher says of these rows and its entropy ``[n]``, if it is asked."""
     if work.teacher is None or not any(term.soft for term in work.terms):
         return None
     states, read = work.teacher
@@ -169,7 +171,7 @@ def _accumulate(
     if term.soft:
         assert taught is not None, "a soft term needs a teacher"
         teacher, entropy = taught
-        soft = said.cross_entropy(teacher) - entropy
+        soft = (said.cross_entropy(teacher) - entropy).sum()
         slope.sub_(teacher.likely, alpha=term.soft)
     found = torch.autograd.grad(
         logits, [rows, *work.parameters], slope.to(logits.dtype), allow_unused=True
