@@ -36,7 +36,8 @@ def keep_memory() -> bool:
 
     The C library of Linux maps every large array anew and unmaps it when it is freed, so each is
     cleared, page by page, before it is written. A step of training makes hundreds: a sixth of its
-    time. Elsewhere nothing is done.
+    time. It holds for as long as the process lives, so it is for a program to decide, not for a
+    library. Elsewhere nothing is done.
     """
     most_mapped, trim_above = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
     try:

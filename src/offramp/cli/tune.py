@@ -196,6 +196,7 @@ def tune(
     offramp generate OUT, bench OUT, trace OUT.
     """
     from offramp.errors import UsageError
+    from offramp.machine import keep_memory
     from offramp.tune.run import tune as run
     from offramp.tune.settings import make_settings
 
@@ -231,6 +232,7 @@ def tune(
         rounding=rounding.value,
         raw=raw,
     )
+    keep_memory()
     tuned = run(
         model,
         data,

@@ -19,7 +19,7 @@ from offramp.files import write_text
 from offramp.hf.backbone import fingerprint
 from offramp.hf.load import DEFAULT_MODEL
 from offramp.hf.tuned import at_full_depth
-from offramp.machine import keep_memory, versions
+from offramp.machine import versions
 from offramp.model import load
 from offramp.policy import check_exits
 from offramp.tune.answers import answer
@@ -90,7 +90,6 @@ def tune(
         UsageError: settings that do not go together, or exits the model does not have.
     """
     check_settings(settings)
-    keep_memory()
     accelerator = make_accelerator(settings, tracker, out)
     with held(out, main=accelerator.is_main_process):
         origin = open_origin(name, settings, trust_remote_code=trust_remote_code)
