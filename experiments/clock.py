@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,9 @@ def main() -> None:
     [prompt] = make_case(model.tokenizer, 1, 4600, 2).prompts
     backbone = open_fast(generic, options.weights)
     contestants = _contestants(backbone, prompt)
-    stand = Stand(backbone)
-    ceilings = _race(list(contestants.values()), stand, options.rounds)
-    known = stand.constants()
+    with closing(Stand(backbone)) as stand:
+        ceilings = _race(list(contestants.values()), stand, options.rounds)
+        known = stand.constants()
     figures = _figures(contestants, backbone, ceilings, known)
     checks = _checks(backbone, prompt)
     for name, figure in {**figures, **checks}.items():
