@@ -17,7 +17,7 @@ from torch import Tensor
 
 import offramp
 from offramp import Exit, GateFile, OfframpError, Plan, Skip, Speculate, Tokens, UsageError
-from offramp.checks import Shortlist
+from offramp.checks import Refined, Shortlist
 from offramp.cli import lm_eval as command
 from offramp.gate import fit_gate
 from offramp.harness.lm import OfframpLM
@@ -282,6 +282,14 @@ def test_a_large_vocabulary_cuts_batches(
     whole = scored(tiny, Full(), what)
     monkeypatch.setattr("offramp.harness.score._BUDGET", 257 * 12)
     assert all(same(a, b) for a, b in zip(scored(tiny, Full(), what), whole, strict=True))
+
+
+def test_a_refined_head_scores_as_the_full_one() -> None:
+    """Of its logits only the largest is exact, and a score is of all."""
+    layers = (0, 2)
+    assert method(SubModel(layers=layers, head=Refined())) == "pass"
+    assert method(exit_run().model_copy(update={"head": Refined()})) == "replay"
+    assert method(exit_run(kv="copy").model_copy(update={"head": Refined()})) == "loop"
 
 
 def test_how_a_plan_is_scored_is_said() -> None:

@@ -98,13 +98,18 @@ def test_a_plan_is_certified_for_its_model_and_spares_work(
 
 @pytest.mark.real
 def test_a_refined_head_chooses_as_the_weights_do(smol: offramp.Model) -> None:
-    """Its tokens are the choice of the whole head in fp32 from the same states in int4."""
+    """Its tokens are the choice of the whole head in fp32 from the same states in int4.
+
+    And so are those of the head in int8 that plain decoding reads.
+    """
     plan = read_plan(shipped.plan(shipped.REFINED))
     model = offramp.load(weights="int4")
     backbone, layers = model.backbone, range(model.backbone.shape.num_layers)
     plan.check(backbone)
     said = model.generate(PROMPTS, plan=plan, max_new_tokens=24)
     assert said.figures.work.head_rows == 0
+    plain = model.generate(PROMPTS, max_new_tokens=24)
+    assert [one.token_ids for one in plain.outputs] == [one.token_ids for one in said.outputs]
     for prompt, output in zip(PROMPTS, said.outputs, strict=True):
         asked, new = encode(model.tokenizer, prompt), list(output.token_ids)
         text, states = Text(asked + new[:-1], backbone.open()), []

@@ -161,7 +161,8 @@ class LowRank(Record):
 class Refined(Record):
     """All logits, by a rough look at the weights; those that may be the largest, once more exactly.
 
-    So the token chosen is the full head's, but for an error of many standard errors at once.
+    So the token chosen is the full head's, but for an error of many standard errors at once. The
+    other logits are near, no more: what samples, has a penalty or is scored is given the full head.
     """
 
     kind: Literal["refined"] = "refined"

@@ -6,7 +6,7 @@ A plan knows its model by fingerprint and refuses another one; unknown keys are 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path as FilePath
 from typing import Annotated
 
@@ -14,16 +14,18 @@ from pydantic import Field
 
 from offramp.backbone import Backbone, Shape
 from offramp.certificate import Certificate, check_whole, checksum
-from offramp.checks import FULL_HEAD, Check, GateFile, Head
+from offramp.checks import FULL_HEAD, Check, GateFile, Head, Refined
 from offramp.control import controlled
 from offramp.cost import check_in_heads
 from offramp.decode import Way, decode
 from offramp.errors import UsageError
 from offramp.files import write_text
+from offramp.probe import Readout
 from offramp.records import Record, read_record
 from offramp.request import Request, Token
 from offramp.route import route
 from offramp.runs import Adapt, Exit, Full, Path, Route, Run, Skip, Speculate
+from offramp.sample import largest
 from offramp.skipping import skip
 from offramp.speculate import speculate
 
@@ -134,11 +136,21 @@ def write_plan(path: FilePath, plan: Plan) -> None:
 def execute(
     backbone: Backbone, requests: Iterable[Request], run: Run, *, batch_size: int = 8
 ) -> Iterator[Token]:
-    """Yield the new tokens of all requests, generated as the plan says."""
+    """Yield the new tokens of all requests, generated as the plan says.
+
+    Where one of them looks at more than the largest logit (it samples, or has a penalty), the full
+    head stands in for a refined one, for all; but not in a draft, which the full head confirms.
+    """
     if isinstance(run, Full):
         return decode(backbone, requests, batch_size=batch_size)
     requests = list(requests)
     ends = {token for request in requests for token in request.eos}
+    largest_only = all(request.choose is largest for request in requests)
+
+    def chosen_by(head: Head) -> Readout | None:
+        exact = FULL_HEAD if isinstance(head, Refined) and not largest_only else head
+        return exact.choose(backbone, ends)
+
     match run:
         case Speculate():
             head = run.head.choose(backbone, ends)
@@ -148,19 +160,21 @@ def execute(
             chooser = controlled(backbone, run.drafters, head=in_heads(run.head, backbone.shape))
             return speculate(backbone, requests, chooser, head=head, batch_size=batch_size)
         case Route():
-            ways = [way_of(backbone, one, ends) for one in run.runs]
+            ways = [_way(backbone, one, chosen_by) for one in run.runs]
             return route(
                 backbone, requests, run.weights, ways, price=run.price, batch_size=batch_size
             )
         case Skip():
             return skip(backbone, requests, run.weights, batch_size=batch_size)
         case _:
-            way = way_of(backbone, run, ends)
+            way = _way(backbone, run, chosen_by)
             return decode(backbone, requests, **vars(way), batch_size=batch_size)
 
 
-def way_of(backbone: Backbone, run: Full | Exit | Path, ends: Collection[int]) -> Way:
-    """Return how a plan runs whole texts that end with these tokens."""
+def _way(
+    backbone: Backbone, run: Full | Exit | Path, chosen_by: Callable[[Head], Readout | None]
+) -> Way:
+    """Return how a plan runs whole texts."""
     match run:
         case Full():
             return Way()
@@ -169,9 +183,9 @@ def way_of(backbone: Backbone, run: Full | Exit | Path, ends: Collection[int]) -
                 run.policy,
                 kv=run.kv,
                 look=run.sees.look(backbone),
-                exit_head=run.head.choose(backbone, ends),
+                exit_head=chosen_by(run.head),
                 max_waiting=run.max_waiting,
                 exit_prompt=run.exit_prompt,
             )
         case Path():
-            return Way(layers=run.layers, head=run.head.choose(backbone, ends))
+            return Way(layers=run.layers, head=chosen_by(run.head))

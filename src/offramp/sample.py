@@ -76,8 +76,15 @@ class Sampling:
         return logits
 
     def chooser(self) -> Choose:
-        """Return the function that chooses tokens this way."""
-        return gumbel(self.warp, self.seed) if self.temperature > 0 else greedy(self.warp)
+        """Return the function that chooses tokens this way: :func:`largest` where that will do."""
+        if self.temperature > 0:
+            return gumbel(self.warp, self.seed)
+        return largest if self.repetition_penalty == 1 else greedy(self.warp)
+
+
+def largest(logits: Tensor, ids: Sequence[int], first: int) -> list[int]:
+    """Choose the largest logit of each row, and look at no other."""
+    return _largest(logits.float())
 
 
 def greedy(warp: Warp) -> Choose:

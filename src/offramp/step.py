@@ -123,8 +123,9 @@ def step(
             if not asking:
                 continue
             asked = flow.select(asking)
-            reads = exits.reader(exit_head or backbone.readout, stop)
-            looks = None if sees is None or sees is exit_head else exits.reader(sees, stop)
+            chooses = exit_head or backbone.readout
+            reads = exits.reader(chooses, stop)
+            looks = None if sees in (None, chooses) else exits.reader(sees, stop)
             probe = Probe(stop, len(path), rows, reads, previous=probe, look=looks)
             if ran.seen is not None:
                 probe.show(ran.seen)

@@ -8,7 +8,7 @@ from pathlib import Path as FilePath
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import offramp
 from offramp.backbone import Backbone
@@ -16,6 +16,7 @@ from offramp.batch import Text
 from offramp.checks import (
     FULL_HEAD,
     Check,
+    FullHead,
     Head,
     LowRank,
     Refined,
@@ -26,8 +27,10 @@ from offramp.checks import (
 from offramp.cost import flops, weight_bytes
 from offramp.decode import decode
 from offramp.errors import OfframpError, UnsupportedModelError, UsageError
+from offramp.fast.heads import refined_head
+from offramp.fast.memory import Arena
 from offramp.fast.open import open_fast
-from offramp.fast.pack import Format
+from offramp.fast.pack import Format, pack_roughly
 from offramp.gate import Gate, fit_gate
 from offramp.heads import low_rank
 from offramp.hf.open import open_model
@@ -610,6 +613,93 @@ def test_a_rough_look_settles_nothing_by_itself(form: Format) -> None:
     exact = model.readout(hidden, depth).argmax(-1)
     assert torch.equal(backbone.refined()(hidden, depth).argmax(-1), exact)
     assert (rough(hidden, depth).argmax(-1) != exact).sum() > 20
+
+
+@pytest.mark.parametrize("form", ["int4", "int8"])
+@pytest.mark.parametrize("loud", [1.0, 300.0])
+def test_heads_of_codes_choose_as_the_weights_do(form: Format, loud: float) -> None:
+    """Plain and refined, though a few channels are far above the others and rounding is theirs."""
+    model = generic("llama")
+    backbone = open_fast(model, form)
+    draw = torch.Generator().manual_seed(6)
+    hidden = torch.randn(2000, backbone.shape.hidden_size, generator=draw)
+    hidden[:, [3, 21]] *= loud
+    depth = backbone.shape.num_layers
+    exact = model.readout(hidden, depth).argmax(-1)
+    for read in (backbone.readout, backbone.refined()):
+        assert torch.equal(read(hidden, depth).argmax(-1), exact)
+
+
+def test_how_far_a_rough_head_is_off_goes_by_the_last_norm_s_gains() -> None:
+    """Rounding a wide group is off by more, and gains can make that group most of a state."""
+    draw = torch.Generator().manual_seed(8)
+    weight = torch.randn(3000, 128, generator=draw)
+    weight[:, 0] *= 12  # so the steps of the first group are wide
+    gains = torch.ones(128)
+    gains[0], gains[1:32] = 0.01, 10.0
+    states = gains * torch.randn(400, 128, generator=draw)
+    _, off = pack_roughly(weight, gains.square() / gains.square().sum())
+    groups = weight.view(3000, 4, 32)
+    step = ((groups.amax(-1) - groups.amin(-1)) / 15)[..., None]
+    low = groups.amin(-1, keepdim=True)
+    rounded = (((groups - low) / step).round() * step + low).flatten(1)
+    real = (states @ (rounded - weight).T / states.norm(dim=-1, keepdim=True)).square().mean(0)
+    assert (real / off).mean().item() == pytest.approx(1, rel=0.1)
+    head = nn.Linear(128, 3000, bias=False)
+    head.weight = nn.Parameter(weight)
+    assert bool((refined_head(head, gains, Arena()).kept[-1] > 5 * off.sqrt()).all())
+
+
+def test_no_number_hides_no_other() -> None:
+    """A row of the head that is no number is none among the logits, and leaves others as exact."""
+    model = generic("llama")
+    backbone = open_fast(model, "int4")
+    refined = backbone.refined()
+    hidden = states(backbone, 40)
+    depth = backbone.shape.num_layers
+    expected = refined(hidden, depth)
+    errors = refined.shared.kept[-1]  # type: ignore[attr-defined]
+    lost = [i for i in range(0, len(errors), 3) if i not in set(expected.argmax(-1).tolist())]
+    errors[lost] = math.nan
+    found = refined(hidden, depth)
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("family", [*BOTH, "fast:granite"])
+def test_a_refined_head_serves_who_looks_at_the_largest_logit_alone(family: str) -> None:
+    """Who samples, or has a penalty, is given the full head's logits, and so is who is scored."""
+    backbone = opened(family)
+    prompts = texts_of(backbone, [8, 5], seed=2)
+    exits = {"signal": "max_prob", "thresholds": {2: 0.02, 4: 0.02}}
+    for kind, facts in ((Path, {"layers": (0, 1, 3, 5)}), (Exit, exits)):
+        seen = []
+        for head in (Refined(), FULL_HEAD):
+            run, asked = kind(**facts, head=head), Recorder()
+            tokens = execute(backbone, [asked.request(list(ids), 8) for ids in prompts], run)
+            seen.append((collected(tokens, 2), torch.stack(asked.logits)))
+        assert seen[0][0] == seen[1][0]
+        assert torch.equal(seen[0][1], seen[1][1])
+
+
+@pytest.mark.parametrize("family", BOTH)
+@pytest.mark.parametrize("head", [FULL_HEAD, Refined()], ids=str)
+def test_who_looked_by_the_head_that_chooses_need_not_look_again(
+    family: str, head: FullHead | Refined
+) -> None:
+    backbone = opened(family)
+    prompts = texts_of(backbone, [8, 5], seed=2)
+    run = Exit(signal="max_prob", thresholds={2: 0.004, 4: 0.004}, check=Refined(), head=head)
+    run.head.choose(backbone, ()), run.sees.look(backbone)  # made: hooks see them
+    before = backbone.meter.copy()
+    with counted(backbone):
+        tokens = list(execute(backbone, _asked(prompts), run))
+    work = backbone.meter - before
+    assert {token.depth for token in tokens} >= {2, backbone.shape.num_layers}
+    left = sum(token.depth < backbone.shape.num_layers for token in tokens)
+    looks = sum(1 if token.depth == 2 else 2 for token in tokens) - 2 * len(prompts)
+    one = family == "llama" or head == Refined()  # rough and full are one head here, or both rough
+    reads = looks if one else looks + left
+    assert work.head_rows + work.check_rows == reads + len(tokens) - left
 
 
 @pytest.mark.parametrize("family", BOTH)

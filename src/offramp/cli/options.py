@@ -147,8 +147,8 @@ HeadText = Annotated[
         metavar="full|refined|shortlist:N|tokens:FILE",
         help="What chooses tokens with --exit, those that leave with --threshold, or those that "
         "--draft or --adapt proposes: refined looks roughly, and at those on top again, which pays "
-        "with int4; the N lowest token ids are the most frequent, a file lists those of a narrow "
-        "task.",
+        "with int4 and greedy tokens; the N lowest token ids are the most frequent, a file lists "
+        "those of a narrow task.",
     ),
 ]
 ClassifierFile = Annotated[

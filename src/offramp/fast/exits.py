@@ -47,6 +47,8 @@ class Screen:
             self._struct.head = ctypes.pointer(self.head.head)
             if self.head.down is not None:
                 self._struct.down = ctypes.pointer(self.head.down)
+            if self.head.exact is not None:
+                self._struct.exact = ctypes.pointer(self.head.exact)
 
     def point(self, watch: Watch, shape: torch.Size) -> WatchStruct:
         """Return what the kernels are to watch for among so many rows ``[N, D]``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from offramp.fast.layout import INT8, ExactStruct, MatrixStruct
 from offramp.fast.memory import Arena
-from offramp.fast.pack import LANES, Format, Packed, pack, pack_roughly
+from offramp.fast.pack import GROUP, LANES, Format, Packed, pack, pack_roughly, rounding, widest
 from offramp.heads import low_rank
 from offramp.probe import Readout
 
 SURE = 5.0
 """Standard errors to either side that a rough logit is allowed: of two logits one would have to be
 off by seven to be taken for the other, once in a hundred billion."""
-_STATES = 0.01  # of a state's norm: more than its rounding to 8 bits is off
+_STATES = (GROUP / 12) ** 0.5 / 127
+"""The most that a state's own rounding to 8 bits is off, of its norm: one value is all of it."""
 
 
 @dataclass(eq=False)
@@ -31,7 +32,7 @@ class CheapHead:
     """Weights that one row multiplies."""
     kept: list[Tensor]
     exact: ExactStruct | None = None
-    """Settles the largest logits of a head that is read roughly first."""
+    """Settles the largest logits of a head that is held as codes."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -57,6 +58,9 @@ class Reading:
 class Heads:
     """Every head that reads states of one model; cheap ones are made when first asked for.
 
+    Those that choose tokens are exact where it counts: held as codes, their largest logits are made
+    once more, from the weights as they are.
+
     Args:
         shared: the model's own, packed.
         plain: the same, not packed.
@@ -73,16 +77,17 @@ class Heads:
         form: Format,
         read: Callable[[CheapHead, Tensor, int], Tensor],
     ) -> None:
-        self.shared = shared
         self._plain, self._gains, self._form, self._read = plain, gains, form, read
         self._arena = Arena()
+        self.shared = _settled(shared, plain, gains, form)
         self.give({})
 
     def give(self, plain: Mapping[int, nn.Linear]) -> None:
         """Let the exits at these depths own these heads."""
         self._plain_own = plain
         self._own = {
-            depth: own_head(head, self._form, self._arena) for depth, head in plain.items()
+            depth: own_head(head, self._gains, self._form, self._arena)
+            for depth, head in plain.items()
         }
         self._cheap: dict[Hashable, Reading] = {}
 
@@ -103,7 +108,8 @@ class Heads:
 
     def refined(self) -> Reading:
         """Return a reading of all entries with 4 bits, and of those on top again as they are."""
-        return self._reading("refined", partial(refined_head, arena=self._arena))
+        made = partial(refined_head, gains=self._gains, arena=self._arena)
+        return self._reading("refined", made)
 
     def _reading(self, key: Hashable, made: Callable[[nn.Linear], CheapHead]) -> Reading:
         if key not in self._cheap:
@@ -112,12 +118,10 @@ class Heads:
         return self._cheap[key]
 
     def behind(self, look: Readout | None) -> CheapHead | None:
-        """Return what ``look`` sees where no exit owns a head; None: it is none of these, or more
-        than a product of matrices."""
+        """Return what ``look`` sees where no exit owns a head; None: it is none of these."""
         if look is None:
             return self.shared
-        seen = (made.shared for made in self._cheap.values() if made is look)
-        return next((head for head in seen if head.exact is None), None)
+        return next((made.shared for made in self._cheap.values() if made is look), None)
 
     def multiplied(self) -> dict[str, tuple[int, int]]:
         """Return the (rows, calls) of the heads that choose, and of those that check."""
@@ -144,31 +148,53 @@ def low_rank_head(
     return CheapHead(*structs, up.numel() + down.numel(), made.kept)
 
 
-def refined_head(head: nn.Linear, arena: Arena) -> CheapHead:
-    """Return the head with 4 bits a weight, and what settles which of its logits is the largest.
-
-    An entry's weights are off by ``e`` (root of the mean square), so its logit by about ``e`` times
-    the norm of the state: many small errors add up, of either sign, nearly as a normal one. So do
-    those of states of 8 bits.
-    """
-    weight = head.weight.detach().float().contiguous()  # mostly the model's own, not a copy
+def refined_head(head: nn.Linear, gains: Tensor, arena: Arena) -> CheapHead:
+    """Return the head with 4 bits a weight, and what settles which of its logits is the largest."""
     made = _Packer("int4", arena)
-    packed, errors = pack_roughly(weight)
-    errors = SURE * (errors.square() + (_STATES * weight).square().mean(1)).sqrt()
+    packed, off = pack_roughly(head.weight.float(), _shares(gains))
     struct = made.struct(packed, None if head.bias is None else head.bias.detach())
-    made.kept += [weight, errors]
-    exact = ExactStruct(rows=weight.data_ptr(), errors=errors.data_ptr())
-    return CheapHead(None, struct, weight.numel(), made.kept, exact)
+    rough = CheapHead(None, struct, head.weight.numel(), made.kept)
+    return _exact(rough, head, off)
 
 
-def own_head(head: nn.Linear, form: Format, arena: Arena) -> CheapHead:
+def own_head(head: nn.Linear, gains: Tensor, form: Format, arena: Arena) -> CheapHead:
     """Return an exit's own head, as precise as the model's is beside layers of this format."""
     made = _Packer(head_form(form), arena)
     bias = None if head.bias is None else head.bias.detach()
     struct = made.packed(head.weight.detach(), bias)
     if form == "int4":
         struct.format = INT8
-    return CheapHead(None, struct, head.weight.numel(), made.kept)
+    packed = CheapHead(None, struct, head.weight.numel(), made.kept)
+    return _settled(packed, head, gains, form)
+
+
+def _settled(packed: CheapHead, head: nn.Linear, gains: Tensor, form: Format) -> CheapHead:
+    """Let a head that chooses settle its largest logits, if it holds its weights as codes."""
+    if head_form(form) != "int8":
+        return packed
+    return _exact(packed, head, rounding(head.weight.detach().float(), _shares(gains)))
+
+
+def _exact(packed: CheapHead, head: nn.Linear, off: Tensor) -> CheapHead:
+    """Return the head with what settles its largest logits.
+
+    Args:
+        packed: its weights as codes.
+        head: as it is.
+        off: ``[outputs]``, the variance of a logit by the rounding of its weights, for a state of
+            norm 1. Many small errors add up, of either sign, nearly as a normal one; so do those of
+            the state's own rounding, wherever in it that is.
+    """
+    weight = head.weight.detach().float().contiguous()  # mostly the model's own, not a copy
+    errors = SURE * (off + _STATES**2 * widest(weight)).sqrt()
+    exact = ExactStruct(rows=weight.data_ptr(), errors=errors.data_ptr())
+    return replace(packed, kept=[*packed.kept, weight, errors], exact=exact)
+
+
+def _shares(gains: Tensor) -> Tensor:
+    """Return each input's share of a state's squared norm, behind a norm with these gains."""
+    squares = gains.detach().float().square()
+    return squares / squares.sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def head_form(form: Format) -> Format:

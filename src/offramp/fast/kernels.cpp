@@ -49,7 +49,7 @@ struct Layer {
     int32_t head_norm;
 };
 
-// What settles the largest logits of a head whose weights are read roughly first.
+// What settles the largest logits of a head whose weights are held as codes.
 struct Exact {
     const float *rows;    // [outputs, hidden], as they are
     const float *errors;  // [outputs]: how far a logit may be off, for a state of norm 1
@@ -87,6 +87,7 @@ enum Signal : int32_t { MAX_PROB, MARGIN, GATE };
 // What an exit within a run looks at, and which rows it is certain of: they stay.
 struct Watch {
     Matrix *down, *head;      // as offramp_readout reads out; not for GATE
+    const Exact *exact;       // likewise
     const float *bars;        // [exits]: a row below it stays
     const float *gates;       // [exits, hidden + 1], for GATE: weights, bias
     const int32_t *blocks;    // [exits]: the layer that the exit owns, or -1
@@ -1018,24 +1019,30 @@ float dot(const float *a, const float *b, int size) {
 }
 
 // Computes again, exactly, every logit that may be the largest: its upper end is not below the
-// highest lower end.
+// highest lower end. (Not below: so is what is no number.)
 void settle(const Exact &exact, const float *bias, const float *state, int size, float *logits,
             int64_t outputs) {
+    constexpr int64_t STRIDE = 4 * LANES;  // looked at together: few are near the top
     const float norm = std::sqrt(dot(state, state, size));
-    const int64_t whole = outputs / LANES * LANES;
+    const int64_t whole = outputs / STRIDE * STRIDE;
     Floats ends = -INFINITY;
     for (int64_t i = 0; i < whole; i += LANES)
         ends = larger(load(logits + i) - norm * load(exact.errors + i), ends);
     float highest = largest(ends);
     for (int64_t i = whole; i < outputs; i++)
         highest = std::max(highest, logits[i] - norm * exact.errors[i]);
+    auto below = [&](int64_t i) {
+        return less(load(logits + i) + norm * load(exact.errors + i), Floats(highest));
+    };
     auto again = [&](int64_t i) {
-        if (logits[i] + norm * exact.errors[i] >= highest)
+        if (!(logits[i] + norm * exact.errors[i] < highest))
             logits[i] = dot(state, exact.rows + i * size, size) + (bias == nullptr ? 0 : bias[i]);
     };
-    for (int64_t block = 0; block < whole; block += LANES)
-        if (largest(load(logits + block) + norm * load(exact.errors + block)) >= highest)
-            for (int64_t i = block; i < block + LANES; i++) again(i);
+    for (int64_t i = 0; i < whole; i += STRIDE) {
+        const Ints found = below(i) + below(i + LANES) + below(i + 2 * LANES) + below(i + 3 * LANES);
+        if (total(found) > -STRIDE)  // a lane that is below counts -1
+            for (int64_t one = i; one < i + STRIDE; one++) again(one);
+    }
     for (int64_t i = whole; i < outputs; i++) again(i);
 }
 
@@ -1091,7 +1098,7 @@ bool may_leave(const Model &m, const Watch &w, int exit, const float *hidden, co
     };
     b.barrier->wait();  // a row's state is another thread's
     if (owns) run_own(m, w.blocks[exit], w, hidden, b);
-    if (w.signal != GATE) read_out(m, w.down, *w.head, nullptr, asks, state, w.seen, b);
+    if (w.signal != GATE) read_out(m, w.down, *w.head, w.exact, asks, state, w.seen, b);
     each_row(asks, [&](int row) {
         w.scores[row] =
             w.signal == GATE

@@ -31,7 +31,7 @@ class MatrixStruct(ctypes.Structure):
 
 
 class ExactStruct(ctypes.Structure):
-    """What settles the largest logits of a head that is read roughly first."""
+    """What settles the largest logits of a head whose weights are held as codes."""
 
     _fields_: ClassVar = [("rows", _pointer), ("errors", _pointer)]
 
@@ -88,6 +88,7 @@ class WatchStruct(ctypes.Structure):
     _fields_: ClassVar = [
         ("down", ctypes.POINTER(MatrixStruct)),
         ("head", ctypes.POINTER(MatrixStruct)),
+        ("exact", ctypes.POINTER(ExactStruct)),
         *((name, _pointer) for name in ("bars", "gates", "blocks", "order")),
         ("asks", ctypes.POINTER(RowsStruct)),
         ("rest", ctypes.POINTER(RowsStruct)),

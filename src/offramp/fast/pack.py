@@ -60,13 +60,14 @@ def pack(weight: Tensor, form: Format) -> Packed:
     return _laid_out(data, form, weight)
 
 
-def pack_roughly(weight: Tensor) -> tuple[Packed, Tensor]:
-    """Return ``weight [outputs, inputs]`` in int4, and how far that is off.
+def pack_roughly(weight: Tensor, shares: Tensor) -> tuple[Packed, Tensor]:
+    """Return ``weight [outputs, inputs]`` in int4, and how far its products are off.
 
     Steps go from each group's least to its largest weight; no better places are tried, which takes
-    several times as long. The second is per output, ``[outputs]``: the root of the mean square.
+    several times as long. The second is per output, ``[outputs]``: the variance of its product with
+    a state of norm 1, of whose square the inputs have these ``shares [inputs]``.
     """
-    padded = _padded(weight)
+    padded, spread = _padded(weight), functional.pad(shares, (0, -len(shares) % GROUP))
     parts, errors = [], []
     for rows in padded.split(_ROWS):
         groups = rows.view(len(rows), -1, GROUP)
@@ -74,11 +75,28 @@ def pack_roughly(weight: Tensor) -> tuple[Packed, Tensor]:
         step, minimum = ((high - low) / 15).half(), low.half()
         codes = nearest(groups, step.float()[..., None], minimum.float()[..., None], 15)
         parts.append((step, minimum, codes.to(torch.uint8).flatten(1)))
-        off = (dequantise(*parts[-1]) - rows).square().sum(1)  # padding's is met by no state
-        errors.append((off / weight.shape[1]).sqrt())
+        errors.append((dequantise(*parts[-1]) - rows).square() @ spread)
     step, minimum, codes = (torch.cat(column) for column in zip(*parts, strict=True))
     packed = _laid_out(_blocks(step, minimum, codes, "int4"), "int4", weight)
     return packed, torch.cat(errors)[: len(weight)]
+
+
+def rounding(weight: Tensor, shares: Tensor) -> Tensor:
+    """Return how far products with ``weight [outputs, inputs]`` in int8 are off, as above.
+
+    By the width of the steps, without looking where each weight falls between two.
+    """
+    padded, spread = _padded(weight), functional.pad(shares, (0, -len(shares) % GROUP))
+    groups = padded.view(len(padded), -1, GROUP)
+    step = (groups.amax(-1) - groups.amin(-1)) / _FINE
+    return (step.square() / 12 @ spread.view(-1, GROUP).sum(-1))[: len(weight)]
+
+
+def widest(weight: Tensor) -> Tensor:
+    """Return the mean square of each output's largest group of weights, ``[outputs]``."""
+    parts = (_padded(rows).square() for rows in weight.split(_ROWS))
+    means = [part.view(len(part), -1, GROUP).mean(-1).amax(-1) for part in parts]
+    return torch.cat(means)[: len(weight)]
 
 
 def _padded(weight: Tensor) -> Tensor:

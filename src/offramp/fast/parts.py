@@ -134,11 +134,14 @@ class Reader:
         facts, head = self._config.to_dict(), self.model.get_output_embeddings()
         assert self.facts is not None, "the layers come first"
         norm = self._part(self.model.base_model, "norm")
+        scale = facts.get("logit_scale") or 1 / (facts.get("logits_scaling") or 1.0)
+        if not scale > 0:  # the largest logit would be another before it than behind it
+            raise self._refusal(f"it multiplies its logits by {scale:g}")
         return TopParts(
             self._gains(norm, self.facts.hidden),
             self._matrix([head], head.weight.shape[0]),
             self._epsilon or 0.0,
-            facts.get("logit_scale") or 1 / (facts.get("logits_scaling") or 1.0),
+            scale,
             facts.get("final_logit_softcapping") or 0.0,
         )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from offramp.backbone import Backbone
 from offramp.batch import Text
-from offramp.checks import FullHead
+from offramp.checks import FullHead, Refined
 from offramp.errors import UsageError
 from offramp.gate import Gate
 from offramp.plan import execute
@@ -30,6 +30,8 @@ from offramp.trace import record, replay
 Method = Literal["pass", "replay", "loop"]
 """How a plan's own scores are found."""
 
+_WHOLE = FullHead | Refined
+"""Heads that score as the full one: a refined one is it, where more than the largest is asked."""
 _BUDGET = 2**26
 """Logits kept at once, in elements (256 MiB in fp32)."""
 
@@ -62,9 +64,9 @@ def method(run: Run) -> Method:
     match run:
         case Full() | Speculate() | Adapt():
             return "pass"
-        case Path() if isinstance(run.head, FullHead):
+        case Path() if isinstance(run.head, _WHOLE):
             return "pass"
-        case Exit() if run.kv == "exact" and isinstance(run.head, FullHead):
+        case Exit() if run.kv == "exact" and isinstance(run.head, _WHOLE):
             return "replay"
         case _:
             return "loop"
