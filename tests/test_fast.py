@@ -109,6 +109,14 @@ def test_a_model_with_other_parts_is_refused(family: str) -> None:
         open_fast(generic(family))
 
 
+def test_a_model_that_turns_its_logits_around_is_refused() -> None:
+    """What the kernels settle is the largest product, which would be the least logit."""
+    model = build("granite")
+    model.config.logits_scaling = model.logits_scaling = -0.8
+    with pytest.raises(UnsupportedModelError, match=r"multiplies its logits by -1\.25"):
+        open_fast(open_model(model))
+
+
 @pytest.fixture
 def no_kernels() -> Iterator[None]:
     """Forget the loaded library before and after."""

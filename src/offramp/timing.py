@@ -32,7 +32,7 @@ ROWS = (1, 4, 16, 64, 256, 2, 8, 32, 128, 512, 3, 5, 6, 12, 24)
 """Rows at which a layer is timed, the most telling first: a slow backbone gets fewer of them."""
 _MOST_READ = 64
 """A head or a fill rarely takes more rows; beyond, arithmetic binds, and time is linear."""
-_LONG = 1024
+_LONG = 2048
 """Keys of the long text, by which the time of attention is found."""
 _SETTLED = 3
 """Passes after which a cache keeps what it will keep of few layers."""

@@ -386,6 +386,9 @@ struct Scratch {
     int64_t longest;
 };
 
+// Bytes that keys and values are fetched ahead.
+constexpr int AHEAD = 4096;
+
 // sums[g] = products of G queries with 16 keys, one key per lane.
 template <int G>
 void products_fp32(const Queries &q, const Place &at, int head, int start, Floats *sums) {
@@ -406,6 +409,7 @@ void products_int8(const Queries &q, const Place &at, int head, int start, Float
         for (int g = 0; g < G; g++) dots[g] = -q.zeros[g * groups + group];
         for (int part = 0; part < GROUP / 4; part++) {
             const Bytes key = load_lanes<uint8_t>(keys + 64 * part);
+            __builtin_prefetch(keys + 64 * part + AHEAD);
             for (int g = 0; g < G; g++)
                 dots[g] = add_products(dots[g], key,
                                        q.codes + g * at.padded + group * GROUP + 4 * part);
@@ -491,6 +495,7 @@ void mix_int8(const Place &at, int head, int begin, int last, int offset, const 
         for (int four = 0; four < fours; four++, values += at.padded * 4)
             for (int c = 0; c < C; c++) {
                 const Bytes part = load_lanes<uint8_t>(values + c * LANES * 4);
+                __builtin_prefetch(values + c * LANES * 4 + AHEAD);
                 for (int g = 0; g < G; g++)
                     dots[g][c] = add_scaled(dots[g][c], codes[g] + 4 * four, part);
             }
@@ -806,6 +811,18 @@ void attend_share(const Model &m, const Place &at, const Reach &r, const float *
     }
 }
 
+// Where a thread begins among a row's (key head, share, query head): each reads as many keys.
+int beginning(const Model &m, const Reach &r, int thread, int threads) {
+    const int64_t shared = m.heads / m.kv_heads, shares = r.end - r.begin;
+    const int64_t keys = r.position + 1 - int64_t(r.begin) * SHARE;
+    const int64_t passed = m.kv_heads * shared * keys * thread / threads;
+    const int64_t kv = passed / (shared * keys), rest = passed % (shared * keys);
+    const int64_t share = rest / (shared * SHARE);
+    const int64_t size = std::min<int64_t>(SHARE, keys - share * SHARE);
+    const int64_t own = (rest % (shared * SHARE) + size / 2) / size;
+    return int((kv * shares + share) * shared + own);
+}
+
 // The from-th to the to-th of a row's (key head, share, query head), as many at once as share keys.
 void attend_row(const Model &m, int index, const Rows &rows, const Buffers &b, int row, int from,
                 int to, int place_of_row, const Scratch &s) {
@@ -854,14 +871,10 @@ void attention(const Model &m, int index, const Rows &rows, const Buffers &b) {
     // takes consecutive keys: memory is fetched ahead.
     for (int row = whole ? thread : 0; row < rows.count; row += whole ? threads : 1) {
         const Reach r = reach(m.layers[index], rows.position[row]);
-        const int64_t all = m.heads * (r.end - r.begin);
-        if (whole) {
-            attend_row(m, index, rows, b, row, 0, int(all), thread, s);
-            merge(m, index, rows, b, row, thread, 0, m.heads);
-        } else {
-            attend_row(m, index, rows, b, row, int(all * thread / threads),
-                       int(all * (thread + 1) / threads), row, s);
-        }
+        const int first = whole ? 0 : beginning(m, r, thread, threads);
+        const int last = whole ? m.heads * (r.end - r.begin) : beginning(m, r, thread + 1, threads);
+        attend_row(m, index, rows, b, row, first, last, whole ? thread : row, s);
+        if (whole) merge(m, index, rows, b, row, thread, 0, m.heads);
     }
     if (whole) return;
     b.barrier->wait();
