@@ -233,16 +233,17 @@ def race(record: dict[str, Any]) -> str:
 def skip_gates(record: dict[str, Any]) -> str:
     """Return gates that skip layers beside a fixed input and chosen paths."""
     lines = [
-        "| arm | layers of a token (spread) | loss, nats | right | operations |",
-        "|---|---:|---:|---:|---:|",
+        "| arm | alpha | layers of a token (spread) | loss, nats | right | operations |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {row['arm']} | {row['layers']:.1f} ({row['spread']:.1f}) | {row['loss']:.2f} "
+        f"| {row['arm']} | {'' if row['alpha'] is None else format(row['alpha'], 'g')} "
+        f"| {row['layers']:.1f} ({row['spread']:.1f}) | {row['loss']:.2f} "
         f"| {row['right']:.0%} | {row['operations']:.2f} |"
         for row in record["rows"]
     ]
     return "\n".join(lines) + (
         f"\n\n{record['model']}, {record['tuned_on']:,} tokens of tuning each, {record['texts']} "
-        f"held-out rows, {record['tokens']} tokens; alpha 1; operations of whole texts. Written by "
+        f"held-out rows, {record['tokens']} tokens; operations of whole texts. Written by "
         f"`{record['command']}`."
     )

@@ -5,8 +5,10 @@
 TASK is one of
 
 * general: instruction following on Alpaca (non-commercial licence: the weights stay where they are
-  made). Plain fine-tuning, SoFT (whose loss is LITE's where a step trains every exit), and a
-  head per exit of the plain model; 100,000 tokens each, an hour on a core.
+  made), and what becomes of the last layer. Plain fine-tuning; SoFT (whose loss is LITE's where a
+  step trains every exit); and from the plain model on: a head per exit, LITE with that model as
+  teacher, a block per exit, all weights after the blocks. About a quarter of an hour each on a core
+  that multiplies bf16.
 * exits: ways of teaching the default model's exits on its own answers to prompts that anyone may
   train on (`open_prompts.py`): a block per exit or an affine map, the model left alone; more of it
   in smaller steps; the exit at 24 alone, on prompts of the model's own, too; adapters; all weights
@@ -26,6 +28,7 @@ the narrow models under plans.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import random
 import shutil
@@ -33,6 +36,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import offramp
@@ -60,10 +64,13 @@ class Arm:
     """The arm whose answers it learns, too: all are the default model's, to the same prompts."""
 
 
-_GENERAL = (
-    "--data {data}/alpaca_52k/alpaca_data_52k.jsonl.gz --skip-bad --limit 51000 --tokens 100000 "
-    "--rows 4 --rows-at-once 4 --learning-rate 2e-4 --precision fp32 --held-out 100 --save-every 10"
+HELD = range(51_500, 51_700)
+"""Lines of Alpaca that the general arms are judged on; they learn from the first 51,000 rows."""
+_ALPACA = (
+    "--data {data}/alpaca_52k/alpaca_data_52k.jsonl.gz --skip-bad --limit 51000 --length 256 "
+    "--held-out 0 --watch {runs}/data/{task}/held.jsonl --save-every 20 "
 )
+_GENERAL = _ALPACA + "--tokens 100000 --rows 4 --rows-at-once 4 "
 
 
 def _own(rows: int, rate: str) -> str:
@@ -85,9 +92,31 @@ _CLASSES = _NARROW + "--learning-rate 1e-4 "
 
 TASKS: dict[str, list[Arm]] = {
     "general": [
-        Arm("sft", "--recipe sft --exits 12,18,24 " + _GENERAL),
-        Arm("sorted", "--recipe sorted --exits 12,18,24 " + _GENERAL),
-        Arm("ict", "--recipe heads --readout head --exits 12,18,24 " + _GENERAL, start="sft"),
+        Arm("sft", "--recipe sft --exits 12,18,24 --learning-rate 1e-4 " + _GENERAL),
+        Arm("sorted", "--recipe sorted --exits 12,18,24 --learning-rate 1e-4 " + _GENERAL),
+        Arm(
+            "ict",
+            "--recipe heads --readout head --exits 12,18,24 --learning-rate 2e-4 " + _GENERAL,
+            start="sft",
+        ),
+        Arm(
+            "taught",
+            "--recipe lite --exits 12,18,24 --learning-rate 1e-4 --seed 1 "
+            "--teacher {runs}/general-sft --distill 0.7 " + _GENERAL,
+            start="sft",
+        ),
+        Arm(
+            "blocks",
+            _BLOCKS + "--exits 12,18,24 --learning-rate 4e-4 --tokens 250000 --rows 2 "
+            "--rows-at-once 2 " + _ALPACA,
+            start="sft",
+        ),
+        Arm(
+            "whole",
+            "--recipe lite --readout block --exits 12,18,24 --learning-rate 3e-5 --seed 1 "
+            "--teacher {runs}/general-sft --distill 0.7 " + _GENERAL,
+            start="blocks",
+        ),
     ],
     "exits": [
         Arm("blocks", _BLOCKS + "--exits 12,18,24 --tokens 250000 " + _own(8, "5e-4")),
@@ -190,9 +219,12 @@ def main() -> None:
 
 def _prepare(task: str, data: Path, runs: Path) -> None:
     """Write the rows that an arm reads and the data sets do not hold as they are."""
-    if task == "general":
-        return
     out = runs / "data" / task
+    if task == "general":
+        out.mkdir(parents=True, exist_ok=True)
+        with gzip.open(data / "alpaca_52k" / "alpaca_data_52k.jsonl.gz", "rt") as lines:
+            write_text(out / "held.jsonl", "".join(islice(lines, HELD.start, HELD.stop)))
+        return
     if task == "exits":
         script = Path(__file__).with_name("open_prompts.py")
         out.mkdir(parents=True, exist_ok=True)
