@@ -96,7 +96,8 @@ def greedy(passes: Passes, by: By, keep: list[int]) -> dict[tuple[str, int], tup
     found: dict[tuple[str, int], tuple[int, ...]] = {}
     while keep and len(shrinking.path) > min(keep):
         find = shrinking.most_alike if by == "cosine" else shrinking.least_missed
-        removed = shrinking.remove(find(lambda _share: None)[0])
+        removed, _ = find(lambda _share: None)
+        shrinking.remove(removed)
         print(f"{by}: {removed} out, {time.perf_counter() - begin:.0f} s", flush=True)
         if len(shrinking.path) in keep:
             found[by, len(shrinking.path)] = tuple(shrinking.path)

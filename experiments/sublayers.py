@@ -1,124 +1,127 @@
-"""Would skipping attention or MLP alone beat skipping whole layers? By hooks, before any code.
+"""Does leaving out attention or MLP alone beat leaving out whole layers? Searched, and timed.
 
     python experiments/sublayers.py --data wikitext2_test.txt.gz --out results/sublayers.json
 
-Every part (a whole layer, its attention, its MLP) is taken out alone; what the loss then gains, per
-weight saved, ranks the parts, whole layers and halves apart. The best ones go together until a
-share of the layers' weights is saved, and what is left is judged on other texts. Skipped parts are
-run here and their output dropped: this measures what is lost, not what is saved. Layer 0 stays.
+Two greedy searches by loss take parts out until the weights of --keep layers are left: whole
+layers, and halves (`offramp search --by loss --halves`). A third of the texts had no say and judges
+every step. Then the paths with --timed layers' weights or more decode, beside all layers, in turns,
+behind a short text and behind a long one, where keys and values are much of what attention costs.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from command import command
 from skip_exit import cut
-from torch import Tensor, nn
+from tqdm import tqdm
 
 import offramp
+from offramp.backbone import Backbone
+from offramp.batch import Span, Text
 from offramp.cli.output import environment, finish
+from offramp.cost import worth
+from offramp.paths import named
+from offramp.search.subsets import Step, search
+from offramp.step import step
 
-Part = tuple[int, str]
+CONTEXTS = (256, 4096)
+_TOKENS = 8
+"""Decoded at once when timed."""
 
 
 def main() -> None:
-    """Rank parts, take the best out together, print a line for each share, write the record."""
+    """Search both ways, time what was found, print a line for each, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="plain text, perhaps gzipped")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
+    parser.add_argument("--texts", type=int, default=12)
+    parser.add_argument("--length", type=int, default=96, help="tokens of a text")
+    parser.add_argument("--keep", type=int, default=25, help="layers whose weights are left")
+    parser.add_argument("--timed", type=int, default=27, help="layers whose weights are timed")
+    parser.add_argument("--weights", choices=("int8", "int4"), default="int8", help="when timed")
+    parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    model = offramp.load(backbone="hf")
-    texts = [torch.tensor([ids]) for ids, _ in cut(model, options.data, 128, 12)]
-    ranked, judged = torch.cat(texts[:4])[:, :64], torch.cat(texts[4:])
-    inner = model.backbone.model.model  # type: ignore[attr-defined]
-    net = model.backbone.model  # type: ignore[attr-defined]
-    parts: dict[str, list[Part]] = {
-        "layers": [(i, "layer") for i in range(1, len(inner.layers))],
-        "halves": [(i, half) for i in range(1, len(inner.layers)) for half in ("attention", "mlp")],
-    }
-    base, before = loss(net, inner, ranked, ()), loss(net, inner, judged, ())
-    rows: list[dict[str, Any]] = []
-    for kind, candidates in parts.items():
-        gains = {}
-        for part in candidates:
-            gains[part] = loss(net, inner, ranked, [part]) - base
-            print(kind, part, round(gains[part], 3), flush=True)
-        order = sorted(candidates, key=lambda part: gains[part] / weights(inner, [part]))
-        whole = weights(inner, [(i, "layer") for i in range(len(inner.layers))])
-        for share in options.shares:
-            out: list[Part] = []
-            for part in order:
-                if weights(inner, [*out, part]) <= share * whole * 1.001:
-                    out.append(part)
-            rows.append(
-                {
-                    "parts": kind,
-                    "share": weights(inner, out) / whole,
-                    "loss": loss(net, inner, judged, out),
-                    "out": sorted(out),
-                }
-            )
-            print(rows[-1], flush=True)
-        rows[-1]["alone"] = {f"{i} {half}": round(gain, 4) for (i, half), gain in gains.items()}
+    model = offramp.load()
+    texts = list(cut(model, options.data, options.length, options.texts))
+    shape = model.backbone.shape
+    steps: dict[str, list[Step]] = {}
+    for name, halves in (("layers", False), ("halves", True)):
+        with tqdm(total=100, desc=name, leave=False) as bar:
+            told = lambda share, bar=bar: bar.update(round(100 * share) - bar.n)  # noqa: E731
+            steps[name] = search(model.backbone, texts, options.keep, "loss", told, halves=halves)
+    paths = {"full": tuple(range(shape.num_layers))}
+    for name, found in steps.items():
+        timed = [one.layers for one in found if worth(one.layers, shape) >= options.timed - 0.01]
+        paths[name] = timed[-1]
+    other = offramp.load(weights=options.weights)
+    clock = {str(n): race(other.backbone, paths, n, options.rounds) for n in CONTEXTS}
     record = {
-        "command": "python experiments/sublayers.py --data wikitext2_test.txt.gz "
-        "--out results/sublayers.json",
+        "command": command(),
         "model": model.name,
         **environment(),
         "data": options.data.name,
-        "tokens": judged[:, 1:].numel(),
-        "full": {"loss": before},
-        "rows": rows,
+        "tokens": sum(len(ids) - 1 for ids, _ in texts[2::3]),
+        "rows": {
+            name: [row(one, model.backbone) for one in found] for name, found in steps.items()
+        },
+        "timed_weights": options.weights,
+        "rounds": options.rounds,
+        "paths": {name: [*map(named, path)] for name, path in paths.items()},
+        "clock": clock,
     }
+    print(clock)
     finish(record, as_json=False, out=options.out)
 
 
-def modules(inner: Any, part: Part) -> list[nn.Module]:
-    """Return what a part is made of: modules whose outputs are added to the stream."""
-    layer, name = inner.layers[part[0]], part[1]
-    found = {"attention": [layer.self_attn], "mlp": [layer.mlp]}
-    return found.get(name, [layer.self_attn, layer.mlp])
+def row(found: Step, backbone: Backbone) -> dict[str, Any]:
+    """Return what a path weighs, in layers, and what it loses on texts that had no say."""
+    weighs = worth(found.layers, backbone.shape)
+    removed = None if found.removed is None else named(found.removed)
+    made = {"layers": weighs, "removed": removed, **dataclasses.asdict(found.held_out)}
+    print(made, flush=True)
+    return made
 
 
-def weights(inner: Any, parts: Iterable[Part]) -> int:
-    """Return how many weights these parts hold."""
-    return sum(
-        p.numel() for part in parts for module in modules(inner, part) for p in module.parameters()
-    )
-
-
-@contextmanager
-def without(inner: Any, parts: Iterable[Part]) -> Iterator[None]:
-    """Let these parts add nothing."""
-
-    def nothing(_module: nn.Module, _args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (torch.zeros_like(output[0]), *output[1:])
-        return torch.zeros_like(output)
-
-    hooks = [m.register_forward_hook(nothing) for part in parts for m in modules(inner, part)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@torch.no_grad()
-def loss(net: Any, inner: Any, ids: Tensor, parts: Iterable[Part]) -> float:
-    """Return the mean loss of the texts ``[B, T]`` without these parts."""
-    with without(inner, parts):
-        total = sum(
-            net(input_ids=text, labels=text, use_cache=False).loss.item() for text in ids.split(2)
-        )
-    return float(total) / len(ids.split(2))
+def race(
+    backbone: Backbone, paths: Mapping[str, Sequence[int]], context: int, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Return each path's time to that of all layers, decoding behind so many tokens, in turns."""
+    ids = [7919 * i % backbone.shape.vocab_size for i in range(context)]
+    texts = {}
+    for name in paths:
+        texts[name] = Text(list(ids), backbone.open())
+        span = (Span(texts[name], 0, context),)
+        backbone.fill(paths["full"], backbone.embed(span), span)  # any keys will do
+    took: dict[str, list[float]] = {name: [] for name in paths}
+    for turn in range(rounds + 1):
+        for name, path in paths.items():
+            texts[name].done = context
+            texts[name].ids = list(ids)
+            begin = time.perf_counter()
+            for _ in range(_TOKENS):
+                texts[name].ids.append(7)
+                step(backbone, [texts[name]], layers=path)
+            if turn:  # the first warms up
+                took[name].append(time.perf_counter() - begin)
+            backbone.trim(texts[name].slot, context)
+    ratios = {
+        name: sorted(one / whole for one, whole in zip(times, took["full"], strict=True))
+        for name, times in took.items()
+    }
+    return {
+        name: dict(zip(("low", "median", "high"), statistics.quantiles(found, n=4), strict=True))
+        for name, found in ratios.items()
+    }
 
 
 if __name__ == "__main__":
+    torch.set_grad_enabled(False)
     main()

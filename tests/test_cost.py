@@ -99,6 +99,7 @@ class Counting:
         self.shape, self.meter, self.fingerprint = shape, Meter(), ""
         self.name, self.weights, self.build = "counting", "none", ""
         self.token, self.batched, self.ragged = token, batched, False
+        self.halves = False
         self.blocks: Mapping[int, int] = {
             depth: shape.num_layers + i for i, depth in enumerate(shape.blocks)
         }

@@ -13,8 +13,9 @@ from torch.nn.functional import cosine_similarity
 
 from offramp.batch import Text
 from offramp.checks import Shortlist
+from offramp.cost import worth
 from offramp.errors import OfframpError, UsageError
-from offramp.paths import unified_skip
+from offramp.paths import ATTENTION, MLP, is_whole, unified_skip
 from offramp.plan import read_plan
 from offramp.runs import Path as SubModel
 from offramp.runs import Speculate
@@ -125,6 +126,34 @@ def test_greedy_by_loss_takes_what_is_missed_least(family: str) -> None:
             for layer in before.layers[1:]
         ]
         assert after.searched.loss == pytest.approx(min(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "fast:llama"])
+def test_greedy_by_halves_takes_what_costs_least_for_its_weights(family: str) -> None:
+    """Each step is the best of all that lack one more layer or half, tried from scratch."""
+    backbone = opened(family)
+    texts, shape = some(backbone), backbone.shape
+    searched = [text for i, text in enumerate(texts) if i % 3 != 2]
+    steps = search(backbone, texts, 3, "loss", halves=True)
+    assert worth(steps[-1].layers, shape) <= 3 < worth(steps[-2].layers, shape)
+    assert any(one.removed is not None and not is_whole(one.removed) for one in steps)
+    for before, after in pairwise(steps):
+        now = by_hand(backbone, list(before.layers), searched)[0]
+        prices = {}
+        for place, part in enumerate(before.layers[1:], 1):
+            rest = [part | MLP, part | ATTENTION] if is_whole(part) else []
+            for left in ([], *([half] for half in rest)):
+                path = (*before.layers[:place], *left, *before.layers[place + 1 :])
+                gone = worth([part], shape) - worth(left, shape)
+                prices[path] = (by_hand(backbone, list(path), searched)[0] - now) / gone
+        assert prices[after.layers] == pytest.approx(min(prices.values()), rel=1e-3, abs=1e-4)
+
+
+def test_halves_are_looked_for_where_there_are_some() -> None:
+    with pytest.raises(UsageError, match="half of a layer"):
+        search(opened("gpt_neox"), some(opened("gpt_neox")), 3, "loss", halves=True)
+    with pytest.raises(UsageError, match="by loss, not by cosine"):
+        search(opened("llama"), some(opened("llama")), 3, "cosine", halves=True)
 
 
 def test_greedy_by_cosine_takes_what_changes_least() -> None:
@@ -247,6 +276,26 @@ def test_a_plan_comes_out_that_generates(
     assert drafted["drafted"] > 0
 
 
+def test_halves_of_layers_make_a_plan(
+    shell: Shell, checkpoint: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """Named as people name them, in the plan, in the table and in JSON; it runs, and drafts."""
+    base = ["search", checkpoint, "--prompts", prompts, "--max-new-tokens", 6, "--by", "loss"]
+    run = ["generate", checkpoint, "--prompt", "hi", "--max-new-tokens", 9]
+    plan = tmp_path / "plan.json"
+    found = shell.json(*base, "--halves", "--keep", 4, "--out", plan)
+    layers = found["plan"]["run"]["layers"]
+    assert found["rows"][-1]["layers"] == layers
+    assert any(isinstance(part, str) for part in layers)
+    half = shell.json(*run, "--plan", plan)
+    assert half["attention_passes"] + half["mlp_passes"] > 0
+    status, out, _ = shell(*base, "--halves", "--keep", 4, "--as", "draft", "--out", plan)
+    assert status == 0
+    assert f"Layers: {', '.join(map(str, layers))}." in out
+    plain, drafted = shell.json(*run), shell.json(*run, "--plan", plan)
+    assert plain["outputs"][0]["token_ids"] == drafted["outputs"][0]["token_ids"]
+
+
 def test_the_table_names_what_was_taken_out(shell: Shell, checkpoint: Path, prompts: Path) -> None:
     """A line per step, and what stays."""
     status, out, _ = shell("search", checkpoint, "--prompts", prompts, "--keep", 4, "--given")
@@ -263,5 +312,6 @@ def test_wrong_searches_are_refused(shell: Shell, checkpoint: Path, prompts: Pat
     shell.refused(2, "between 0 and 1", *base, "--share", 1.0)
     shell.refused(2, "between 0 and 1", *base, "--share", "nan")
     shell.refused(2, "needs --as draft", *base, "--head", "shortlist:9")
+    shell.refused(2, "needs --by loss", *base, "--halves")
     shell.refused(2, "6 texts or more", *base, "--limit", 5)
     shell.refused(2, "1 to 5, not 6", "search", checkpoint, "--prompts", prompts, "--keep", 6)

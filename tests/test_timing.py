@@ -70,6 +70,7 @@ class Clockwork(Counting):
     def __init__(self, costs: Costs, shape: Shape = SHAPE, *, right: bool = True) -> None:
         super().__init__(shape, (lambda _: 0) if right else lambda depth: int(depth == LAYERS))
         self.costs, self.ragged, self.fingerprint = costs, True, "clockwork"
+        self.halves = False
         self.now, self.calls, self.slots = 0.0, 0, 0
 
     def clock(self) -> float:

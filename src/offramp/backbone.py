@@ -9,7 +9,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from offramp.batch import Span
+from offramp.errors import UsageError
 from offramp.meter import Meter
+from offramp.paths import is_whole, named
 from offramp.probe import Readout
 from offramp.watch import Ran, Watch
 
@@ -40,6 +42,8 @@ class Shape:
     """The vocabulary head may be held more precisely than the layers."""
     map_bytes_per_weight: float = 4.0
     """Of the affine maps that exits own."""
+    attention_weights: int = 0
+    """Of ``layer_weights``, those of the attention; 0 where a layer has no such half."""
     block_bytes_per_weight: float | None = None
     """Of the decoder blocks that exits own; None: as of the layers."""
     blocks: tuple[int, ...] = ()
@@ -76,6 +80,10 @@ class Backbone(Protocol):
     apart: frozenset[int]
     """Exits that own an affine map or a head: no other depth's rows can share their readout."""
 
+    @property
+    def halves(self) -> bool:
+        """Return whether paths may hold halves: each layer is its attention and then its MLP."""
+
     def open(self) -> Any:
         """Return a slot for a new text's keys and values."""
 
@@ -88,7 +96,9 @@ class Backbone(Protocol):
     def run(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> Tensor:
         """Run ``hidden [N, D]`` through ``layers`` in order, appending keys and values.
 
-        Every layer must hold exactly ``span.start`` positions of each span's text.
+        Every layer must hold exactly ``span.start`` positions of each span's text. A layer's mark
+        (see :mod:`offramp.paths`) says that only its attention or its MLP is to run, where the
+        backbone has ``halves``.
         """
 
     def run_until(
@@ -140,6 +150,20 @@ class Backbone(Protocol):
 
         That includes the blocks of exits behind ``first_layer``.
         """
+
+
+def must_halve(backbone: Backbone, parts: Sequence[int]) -> None:
+    """Refuse halves of layers on a backbone that runs whole ones only.
+
+    Raises:
+        UsageError: some part is a half, and it does.
+    """
+    some = next((part for part in parts if not is_whole(part)), None)
+    if some is not None and not backbone.halves:
+        raise UsageError(
+            f"the path holds {named(some)}, half of a layer, and this model's layers run as wholes "
+            f"only on the {backbone.name} backbone"
+        )
 
 
 def from_layer(first_layer: int, num_layers: int, blocks: Mapping[int, int]) -> list[int]:

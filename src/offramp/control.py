@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from offramp.backbone import Backbone
-from offramp.cost import speculation_ratio
+from offramp.backbone import Backbone, must_halve
+from offramp.cost import speculation_ratio, worth
 from offramp.errors import UsageError
 from offramp.speculate import Draft, Round
 from offramp.timing import known
@@ -150,7 +150,7 @@ def controlled(
     shape, constants = backbone.shape, known(backbone)
     predicted = {
         draft: speculation_ratio(
-            *(shape, len(draft.layers), draft.tokens, 0.0, constants),
+            *(shape, worth(draft.layers, shape), draft.tokens, 0.0, constants),
             head=head,
             shared=draft.shared,
         )
@@ -170,6 +170,7 @@ def check_drafts(backbone: Backbone, drafts: Sequence[Draft]) -> None:
         raise UsageError("there is no draft to choose")
     for draft in drafts:
         draft.check(backbone.shape.num_layers)
+        must_halve(backbone, draft.layers)
     owning = sorted({d.shared for d in drafts if d.kept.exits} & backbone.blocks.keys())
     if owning and len({draft.layers for draft in drafts}) > 1:
         raise UsageError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from offramp.backbone import Shape
 from offramp.meter import Meter
+from offramp.paths import ATTENTION, MLP, attends, is_whole
 from offramp.timing import Constants
 
 _CONTEXT = 256
@@ -30,6 +31,8 @@ def flops(work: Meter, shape: Shape, check_weights: int = 0) -> float:
     """
     return 2.0 * (
         shape.layer_weights * work.layer_tokens
+        + shape.attention_weights * work.attention_tokens
+        + (shape.layer_weights - shape.attention_weights) * work.mlp_tokens
         + shape.head_weights * work.head_rows
         + check_weights * work.check_rows
         + shape.hidden_size**2 * work.map_rows
@@ -45,6 +48,8 @@ def weight_bytes(work: Meter, shape: Shape, check_weights: int = 0) -> float:
     """
     checks = check_weights * work.check_passes
     layers = shape.layer_weights * work.layer_passes + shape.fill_weights * work.fill_passes
+    layers += shape.attention_weights * work.attention_passes
+    layers += (shape.layer_weights - shape.attention_weights) * work.mlp_passes
     head = shape.head_weights * work.head_passes
     maps = shape.map_bytes_per_weight * shape.hidden_size**2 * work.map_passes
     return shape.bytes_per_weight * (layers + checks) + shape.head_bytes_per_weight * head + maps
@@ -56,15 +61,20 @@ def seconds(
     """Return the predicted time of this work on the machine that was measured.
 
     A cheap exit check of ``check_weights`` weights takes its part, by bytes, of the head's time,
-    and so does an exit's affine map; both need ``shape``.
+    and so does an exit's affine map, and half a layer of a layer's; all need ``shape``.
     """
     tally = work.tally
     layers = sum(n * constants.layer_seconds(rows) for rows, n in tally.layers.items())
     # A layer's time holds the attention of a text's first rows to each other; the rest is apart.
-    own = sum(n * rows * (rows + 1) // 2 for rows, n in tally.layers.items())
+    attending = tally.layers + tally.attentions
+    own = sum(n * rows * (rows + 1) // 2 for rows, n in attending.items())
     attention = constants.pair * (work.attended - own) + constants.key * (
-        tally.keys - work.layer_tokens
+        tally.keys - work.layer_tokens - work.attention_tokens
     )
+    if shape is not None:
+        for passes, part in ((tally.attentions, ATTENTION), (tally.mlps, MLP)):
+            share = worth([part], shape)
+            layers += share * sum(n * constants.layer_seconds(rows) for rows, n in passes.items())
     heads = sum(n * constants.head_seconds(rows) for rows, n in tally.heads.items())
     fills = sum(n * constants.fill_seconds(rows) for rows, n in tally.fills.items())
     checks = sum(n * constants.head_seconds(rows) for rows, n in tally.checks.items())
@@ -84,6 +94,13 @@ def _kept(work: Meter, constants: Constants, shape: Shape | None, check_weights:
     cheap = check_in_heads(shape, check_weights) if shape is not None and check_weights else 1.0
     heads = work.head_passes + cheap * work.check_passes
     return constants.kept_seconds(work.layer_passes / work.tally.steps, heads / work.tally.steps)
+
+
+def worth(parts: Sequence[int], shape: Shape) -> float:
+    """Return the weights of the parts of a path, one layer = 1."""
+    attention = shape.attention_weights / shape.layer_weights
+    halves = (attention if attends(part) else 1 - attention for part in parts if not is_whole(part))
+    return sum(map(is_whole, parts)) + sum(halves)
 
 
 def full_depth(
@@ -183,8 +200,11 @@ class Prices:
     constants: Constants | None = None
     context: int = _CONTEXT
 
-    def layers(self, count: int, rows: float = 1) -> float:
-        """Return the price of ``count`` layers for ``rows`` new rows of one text."""
+    def layers(self, count: float, rows: float = 1) -> float:
+        """Return the price of ``count`` layers for ``rows`` new rows of one text.
+
+        Halves of layers count by their weights, and so does then their context.
+        """
         if self.constants is None:
             return count
         return count * self.constants.layer_seconds(rows, self.context)
@@ -223,14 +243,14 @@ class Prices:
 
 def path_ratio(
     shape: Shape,
-    depth: int,
+    depth: float,
     constants: Constants | None = None,
     context: int = _CONTEXT,
     *,
     head: float = 1.0,
     speaks_at: int | None = None,
 ) -> float:
-    """Return the predicted cost per token of a sub-model of ``depth`` layers against full depth.
+    """Return the predicted cost per token of a sub-model worth ``depth`` layers to full depth.
 
     Time where constants are given, for one text of ``context`` tokens; else weights read. ``head``
     is what its readout costs, the full one = 1; ``speaks_at`` the exit by whose readout it speaks.
@@ -291,7 +311,7 @@ def exit_ratio(
 
 def speculation_ratio(
     shape: Shape,
-    depth: int,
+    depth: float,
     tokens: int,
     agreement: float,
     constants: Constants | None = None,
@@ -312,10 +332,10 @@ def speculation_ratio(
     written = sum(agreement**i for i in range(tokens + 1))
     every = shape.num_layers  # drafts and confirmations take turns: the cache sees all layers
     # The last drafted token has not run the draft's layers yet, so the confirming step runs them.
-    common = depth if shared is None else shared
-    speaks = price.own(depth) if common == depth else 0.0
+    common = int(depth) if shared is None else shared
+    speaks = price.own(common) if common == depth else 0.0
     draft = price.step(every) + price.layers(depth) + speaks + head * price.head()
-    passed = price.fill(1) if common == depth and depth in shape.blocks else 0.0
+    passed = price.fill(1) if common == depth and common in shape.blocks else 0.0
     confirm = price.step(every) + price.layers(common) + passed + price.head(tokens + 1)
     confirm += price.layers(shape.num_layers - common, tokens + 1)
     return (tokens * draft + confirm) / (written * price.full)

@@ -18,6 +18,7 @@ from offramp.cost import (
     fill_in_layers,
     path_ratio,
     speculation_ratio,
+    worth,
 )
 from offramp.plan import in_heads, reading
 from offramp.policy import Threshold
@@ -158,7 +159,8 @@ def at_best(run: Run, shape: Shape, constants: Constants) -> float:
         case Path():
             head, depth = in_heads(run.head, shape), len(run.layers)
             speaks = depth if run.layers == tuple(range(depth)) else None
-            return path_ratio(shape, depth, constants, head=head, speaks_at=speaks)
+            runs = worth(run.layers, shape)
+            return path_ratio(shape, runs, constants, head=head, speaks_at=speaks)
         case Exit():
             exits = run.policy.exits
             shares = [1.0] + [0.0] * (len(exits) - 1)
@@ -188,7 +190,9 @@ def at_best(run: Run, shape: Shape, constants: Constants) -> float:
 def _right(draft: Draft, head: float, shape: Shape, constants: Constants) -> float:
     """Return the predicted time of speculation if every draft is right."""
     return speculation_ratio(
-        *(shape, len(draft.layers), draft.tokens, 1.0, constants), head=head, shared=draft.shared
+        *(shape, worth(draft.layers, shape), draft.tokens, 1.0, constants),
+        head=head,
+        shared=draft.shared,
     )
 
 

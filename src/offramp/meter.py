@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol
+
+from offramp.paths import ATTENTION, attends, is_whole
 
 
 class Stretch(Protocol):
@@ -26,6 +28,10 @@ class Tally:
 
     layers: Counter[int] = field(default_factory=Counter)
     """Layer passes, by their rows."""
+    attentions: Counter[int] = field(default_factory=Counter)
+    """Passes of a layer's attention alone, by their rows."""
+    mlps: Counter[int] = field(default_factory=Counter)
+    """Passes of a layer's MLP alone, by their rows."""
     heads: Counter[int] = field(default_factory=Counter)
     """Readouts, by their rows."""
     checks: Counter[int] = field(default_factory=Counter)
@@ -57,6 +63,14 @@ class Meter:
     """Calls of a whole decoder layer, an exit's own block among them."""
     layer_tokens: int = 0
     """Rows through a whole decoder layer."""
+    attention_passes: int = 0
+    """Calls of a layer's attention alone, where a path leaves out its MLP."""
+    attention_tokens: int = 0
+    """Rows through a layer's attention alone."""
+    mlp_passes: int = 0
+    """Calls of a layer's MLP alone, where a path leaves out its attention."""
+    mlp_tokens: int = 0
+    """Rows through a layer's MLP alone."""
     head_passes: int = 0
     """Calls of the readout (norm and vocabulary head)."""
     head_rows: int = 0
@@ -82,8 +96,13 @@ class Meter:
     tally: Tally = field(default_factory=Tally)
     """The passes by their rows; no part of the JSON."""
 
-    def ran(self, layers: int, spans: Iterable[Stretch]) -> None:
-        """Count one pass of these rows through each of ``layers`` layers: p looks at p + 1 keys."""
+    def ran(
+        self, layers: int, spans: Iterable[Stretch], *, attentions: int = 0, mlps: int = 0
+    ) -> None:
+        """Count one pass of these rows through each of ``layers`` layers, and of so many halves.
+
+        Whatever attends looks, from position p, at p + 1 keys.
+        """
         rows = attended = keys = 0
         for span in spans:
             rows += span.stop - span.start
@@ -91,9 +110,23 @@ class Meter:
             keys += span.stop
         self.layer_passes += layers
         self.layer_tokens += layers * rows
-        self.attended += layers * attended
+        self.attended += (layers + attentions) * attended
         self.tally.layers[rows] += layers
-        self.tally.keys += layers * keys
+        self.tally.keys += (layers + attentions) * keys
+        if attentions or mlps:
+            self.attention_passes += attentions
+            self.attention_tokens += attentions * rows
+            self.mlp_passes += mlps
+            self.mlp_tokens += mlps * rows
+            self.tally.attentions[rows] += attentions
+            self.tally.mlps[rows] += mlps
+
+    def ran_path(self, parts: Sequence[int], spans: Iterable[Stretch]) -> None:
+        """Count one pass of these rows through each part of a path."""
+        if max(parts, default=0) < ATTENTION:  # as nearly always
+            return self.ran(len(parts), spans)
+        whole, attending = sum(map(is_whole, parts)), sum(map(attends, parts))
+        return self.ran(whole, spans, attentions=attending - whole, mlps=len(parts) - attending)
 
     def filled(self, layers: int, rows: int) -> None:
         """Count one pass of ``rows`` rows into the keys and values of ``layers`` layers."""

@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from offramp.backbone import Backbone
+from offramp.backbone import Backbone, must_halve
 from offramp.checks import FULL_HEAD, Check, FullHead, GateFile, Head
 from offramp.classifier import Classified, load_classifier
 from offramp.control import check_drafts
 from offramp.decode import MAX_WAITING
 from offramp.errors import UsageError
 from offramp.gate import Gate, load_gate
-from offramp.paths import check_path
+from offramp.paths import Part, check_parts, check_path
 from offramp.policy import Threshold, check_exits
 from offramp.records import Record
 from offramp.router import RouterWeights, check_price, load_router
@@ -109,8 +109,8 @@ class Speculate(Record):
     """Draft with some of the layers, confirm with all. Lossless."""
 
     kind: Literal["speculate"] = "speculate"
-    draft: tuple[int, ...]
-    """The layers the draft runs."""
+    draft: tuple[Part, ...]
+    """The layers the draft runs; of one, perhaps its attention ("7a") or its MLP ("7m") alone."""
     tokens: int = 4
     min_confidence: float = 0.0
     head: Annotated[Head, Field(discriminator="kind")] = FULL_HEAD
@@ -125,6 +125,7 @@ class Speculate(Record):
     def must_fit(self, backbone: Backbone) -> None:
         """Refuse a draft or a head that this model cannot make."""
         self.drafter.check(backbone.shape.num_layers)
+        must_halve(backbone, self.draft)
         self.head.must_fit(backbone.shape)
 
 
@@ -132,7 +133,7 @@ class Adapt(Record):
     """Draft or not, with which layers and how far: chosen while decoding. Lossless."""
 
     kind: Literal["adapt"] = "adapt"
-    drafts: tuple[tuple[int, ...], ...]
+    drafts: tuple[tuple[Part, ...], ...]
     """What a draft may run: several sets of layers."""
     tokens: Annotated[int, Field(ge=1, le=64)] = 4
     """Longest draft; 1, 2, 4 and so on are tried."""
@@ -156,13 +157,15 @@ class Path(Record):
     """Some layers for every token: a sub-model. Lossy."""
 
     kind: Literal["path"] = "path"
-    layers: tuple[int, ...]
+    layers: tuple[Part, ...]
+    """Of a layer, perhaps its attention ("7a") or its MLP ("7m") alone."""
     head: Annotated[Head, Field(discriminator="kind")] = FULL_HEAD
     """What chooses the tokens: where few layers run, reading the whole head is what costs."""
 
     def must_fit(self, backbone: Backbone) -> None:
         """Refuse layers or a head that this model lacks."""
-        check_path(self.layers, backbone.shape.num_layers)
+        check_parts(self.layers, backbone.shape.num_layers)
+        must_halve(backbone, self.layers)
         self.head.must_fit(backbone.shape)
 
 
@@ -204,6 +207,8 @@ class Route(Record):
             )
         for run in self.runs:
             run.must_fit(backbone)
+            if isinstance(run, Path):  # prompts wait on their paths, in front of a whole layer
+                check_path(run.layers, backbone.shape.num_layers)
             _check_shared(run, weights, backbone)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from offramp.backbone import Backbone
 from offramp.errors import UsageError
+from offramp.paths import layer_of, named
 from offramp.policy import FULL, Policy, fixed
 from offramp.probe import Readout
 from offramp.request import Pool, Request, Token, Writer
@@ -59,12 +61,14 @@ class Draft:
             UsageError: layers out of order or out of range, all of them, or no first layer.
         """
         layers = self.layers
-        if not layers or layers[0] != 0 or list(layers) != sorted(set(layers)):
-            raise UsageError(f"a draft runs ascending layers from layer 0, not {list(layers)}")
-        if layers[-1] >= num_layers or len(layers) == num_layers:
+        if not layers or layers[0] != 0 or any(b <= a for a, b in pairwise(map(layer_of, layers))):
+            raise UsageError(
+                f"a draft runs ascending layers from layer 0, not {[*map(named, layers)]}"
+            )
+        if layer_of(layers[-1]) >= num_layers or layers == tuple(range(num_layers)):
             raise UsageError(
                 f"a draft runs some but not all of the {num_layers} layers, not {len(layers)} of "
-                f"them up to layer {layers[-1]}"
+                f"them up to layer {named(layers[-1])}"
             )
         if self.tokens < 1:
             raise UsageError(f"a draft proposes 1 token or more, not {self.tokens}")

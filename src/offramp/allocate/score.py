@@ -13,6 +13,7 @@ from torch import Tensor
 from offramp.allocate.table import ScoreTable
 from offramp.backbone import Backbone
 from offramp.batch import Text
+from offramp.cost import worth
 from offramp.errors import UsageError
 from offramp.model import Model, Output
 from offramp.paths import prefix
@@ -107,9 +108,9 @@ def by_running(
 ) -> ScoreTable:
     """Return the table of what each way writes itself, judged: the paper's own construction.
 
-    A path costs its layers; a plan that exits costs the mean depth it had here, to a hundredth.
-    With sampling, ``null`` is the dearest way run P more times with other seeds; greedy runs have
-    no seed, and no null.
+    A path costs its layers, halves by their weights; a plan that exits costs the mean depth it had
+    here, to a hundredth. With sampling, ``null`` is the dearest way run P more times with other
+    seeds; greedy runs have no seed, and no null.
 
     Args:
         model: what writes.
@@ -135,9 +136,10 @@ def by_running(
             batch_size=batch_size,
         ).outputs
         depths = [depth for output in outputs for depth in output.depths]
-        cost = sum(depths) / len(depths) if isinstance(run, Exit) else depths[0]
+        cost = worth(run.layers, shape) if isinstance(run, Path) else sum(depths) / len(depths)
         return [judge(i, output) for i, output in enumerate(outputs)], round(cost, 2)
 
+    shape = model.backbone.shape
     for run in runs:
         Plan(run=run).check(model.backbone)
     # The last way is what is to be equalled; one that spares the full head runs as many layers.

@@ -15,7 +15,7 @@ from torch import Tensor
 from offramp.backbone import Backbone
 from offramp.errors import OfframpError, UsageError
 from offramp.files import write_tensors
-from offramp.paths import check_path
+from offramp.paths import check_parts
 from offramp.plan import ModelId
 from offramp.records import Record
 from offramp.runs import Exit, Full, Path, Whole
@@ -163,7 +163,7 @@ def load_table(path: FilePath) -> ScoreTable:
         facts = Facts.model_validate_json(text)
         for run in facts.runs:
             if isinstance(run, Path):
-                check_path(run.layers, facts.model.num_layers)
+                check_parts(run.layers, facts.model.num_layers)
         known = facts.model_dump(include={"score", "teacher_forced", "exits"})
         return ScoreTable(model=facts.model, runs=facts.runs, **known, **parts)
     except OSError as error:

@@ -22,6 +22,7 @@ from offramp.hf.backbone import HFBackbone
 from offramp.hf.load import GENERIC_FORMATS
 from offramp.meter import Meter
 from offramp.model import BackboneName, Model, load
+from offramp.paths import is_whole, named
 from offramp.plan import Plan, cheap_weights, execute
 from offramp.request import Request
 from offramp.runs import Adapt, Exit, Full, Route, Run, Skip, Speculate
@@ -162,7 +163,9 @@ def _unless_full(check: Check) -> str:
 def _layers(word: str, layers: Sequence[int]) -> str:
     """Return e.g. "first 12", or for layers that are no prefix "first 12 of 0..29"."""
     skips = tuple(layers) != tuple(range(len(layers)))
-    return f"{word} {len(layers)}" + (f" of {layers[0]}..{layers[-1]}" if skips else "")
+    ends = f" of {named(layers[0])}..{named(layers[-1])}" if skips else ""
+    halves = sum(not is_whole(part) for part in layers)
+    return f"{word} {len(layers)}{ends}" + (f", {halves} of them halves" if halves else "")
 
 
 def make_case(tokenizer: object, batch: int, context: int, tokens: int) -> Case:

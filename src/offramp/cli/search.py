@@ -59,6 +59,14 @@ def search(
             "changes its state least (cosine), or that the loss misses least (loss, slow).",
         ),
     ] = Criterion.cosine,
+    halves: Annotated[
+        bool,
+        typer.Option(
+            "--halves",
+            help="With --by loss: a layer may lose its attention or its MLP alone; --keep and "
+            "--share then count weights.",
+        ),
+    ] = False,
     use: Annotated[
         Use,
         typer.Option(
@@ -98,11 +106,13 @@ def search(
         raise UsageError(f"--share {share}: a share of the layers lies between 0 and 1")
     if head is not None and use is not Use.draft:
         raise UsageError("--head says what chooses the drafted tokens; it needs --as draft")
+    if halves and by is not Criterion.loss:
+        raise UsageError("--halves looks for halves of layers by their loss; it needs --by loss")
     wanted = o.read_prompt_options(None, prompts, limit)
     if not wanted:
         raise UsageError("there is nothing to search on; give --prompts FILE")
     from offramp.checks import parse_head
-    from offramp.search.subsets import check_count, check_keep
+    from offramp.search.subsets import check_count, check_halves, check_keep
 
     check_count(len(wanted))
     reads = parse_head(head or "full")
@@ -122,6 +132,8 @@ def search(
     depth = loaded.backbone.shape.num_layers
     kept = keep if keep is not None else max(round((0.6 if share is None else share) * depth), 1)
     check_keep(kept, depth)
+    if halves:
+        check_halves(loaded.backbone, by.value)
     texts = (
         given_texts(loaded, wanted)
         if given
@@ -129,7 +141,7 @@ def search(
             loaded, wanted, raw=raw, max_new_tokens=max_new_tokens, batch_size=batch_size
         )
     )
-    steps = _searched(loaded, texts, kept, by)
+    steps = _searched(loaded, texts, kept, by, halves=halves)
     layers = steps[-1].layers
     run = (
         SubModel(layers=layers)
@@ -142,7 +154,7 @@ def search(
         write_plan(out, plan)
     context = sum(len(ids) for ids, _ in texts) // len(texts)
     price = _Price(loaded, use, draft_tokens, reads, timed(loaded), context)
-    rows = [dataclasses.asdict(step) | {"predicted_ratio": price.of(step)} for step in steps]
+    rows = [_row(step) | {"predicted_ratio": price.of(step)} for step in steps]
     drafted = _drafted(loaded, plan, texts) if use is Use.draft else None
     if not json:
         _show(rows, drafted, use, out)
@@ -154,6 +166,7 @@ def search(
         "weights": loaded.backbone.weights,
         **environment(),
         "by": by.value,
+        "halves": halves,
         "texts": len(texts),
         "rows": rows,
         "draft": drafted,
@@ -161,7 +174,15 @@ def search(
     finish(record, as_json=json, out=None)
 
 
-def _searched(loaded: Model, texts: Texts, keep: int, by: Criterion) -> list[Step]:
+def _row(step: Step) -> dict[str, Any]:
+    """Return a step as JSON has it: parts by their names."""
+    from offramp.paths import named
+
+    removed = None if step.removed is None else named(step.removed)
+    return dataclasses.asdict(step) | {"layers": [*map(named, step.layers)], "removed": removed}
+
+
+def _searched(loaded: Model, texts: Texts, keep: int, by: Criterion, *, halves: bool) -> list[Step]:
     from tqdm import tqdm
 
     from offramp.search.subsets import search as found
@@ -170,6 +191,7 @@ def _searched(loaded: Model, texts: Texts, keep: int, by: Criterion) -> list[Ste
         return found(
             *(loaded.backbone, texts, keep, by.value),
             lambda share: bar.update(round(100 * share) - bar.n),
+            halves=halves,
         )
 
 
@@ -186,11 +208,12 @@ class _Price:
 
     def of(self, step: Step) -> float | None:
         """Return the predicted time of a sub-model or of drafts; None of drafts by all layers."""
-        from offramp.cost import path_ratio, speculation_ratio
+        from offramp.cost import path_ratio, speculation_ratio, worth
         from offramp.plan import in_heads
         from offramp.speculate import Draft
 
-        shape, count = self.model.backbone.shape, len(step.layers)
+        shape = self.model.backbone.shape
+        count = worth(step.layers, shape)
         if self.use is Use.path:
             return path_ratio(shape, count, self.constants, self.context)
         if count == shape.num_layers:

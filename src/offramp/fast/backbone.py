@@ -28,6 +28,7 @@ from offramp.fast.slots import Sizes, Slot
 from offramp.fast.weights import Taken
 from offramp.hf.own import Own
 from offramp.meter import Meter
+from offramp.paths import ATTENTION, attends, layer_of
 from offramp.probe import Readout
 from offramp.watch import Bars, Ran, Watch
 
@@ -53,7 +54,7 @@ class FastBackbone:
         self.shape = shape
         self.meter = Meter()
         self.fingerprint = fingerprint
-        self.batched = self.ragged = True
+        self.batched = self.ragged = self.halves = True
         self.name, self.build = "fast", version()
         self.weights: str = weights
         self._taken, self._rotary = taken, rotary
@@ -176,7 +177,7 @@ class FastBackbone:
         )
         _check(done == 0)
         _appended(layers[: stops[done - 1]], spans)
-        self.meter.ran(stops[done - 1], spans)
+        self.meter.ran_path(layers[: stops[done - 1]], spans)
         return Ran(rows, done)
 
     def fill(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> None:
@@ -256,9 +257,10 @@ class FastBackbone:
         return [*counts, self._heads.multiplied()]
 
     def _reserve(self, layers: Sequence[int], spans: Sequence[Span]) -> None:
+        stored = _stored(layers)
         for span in spans:
             slot = span.text.slot
-            for layer in layers:
+            for layer in stored:
                 assert slot.lengths[layer] == span.start, "a layer was run out of turn"
             slot.reserve(span.stop)
         self._rotary.reserve(max(span.stop for span in spans), self._taken.layers)
@@ -268,7 +270,15 @@ def _multiplied(matrix: MatrixStruct) -> tuple[int, int]:
     return matrix.rows, matrix.calls
 
 
-def _appended(layers: Sequence[int], spans: Sequence[Span]) -> None:
+def _stored(parts: Sequence[int]) -> Sequence[int]:
+    """Return the layers whose keys and values these parts make."""
+    if max(parts, default=0) < ATTENTION:  # as nearly always
+        return parts
+    return [layer_of(part) for part in parts if attends(part)]
+
+
+def _appended(parts: Sequence[int], spans: Sequence[Span]) -> None:
+    layers = _stored(parts)
     for span in spans:
         for layer in layers:
             span.text.slot.lengths[layer] = span.stop

@@ -59,6 +59,7 @@ class GraphBackbone:
         self.meter = Meter()
         self.fingerprint = fingerprint
         self.batched = self.ragged = True
+        self.halves = False
         self.name, self.weights = "fast", weights
         self.blocks: Mapping[int, int] = {}
         self.apart = frozenset[int]()  # models whose exits own readouts are refused

@@ -82,6 +82,9 @@ struct Rows {
     int32_t count;
 };
 
+// Marks on a layer's index, as in offramp.paths: only this half of it runs.
+constexpr int32_t ATTENTION = 1 << 20, MLP = 1 << 21;
+
 enum Signal : int32_t { MAX_PROB, MARGIN, GATE };
 
 // What an exit within a run looks at, and which rows it is certain of: they stay.
@@ -900,9 +903,7 @@ void gate(const Model &m, const float *both, float *out) {
         store(out + i, activated(load(both + i), m.activation) * load(both + up + i));
 }
 
-// One layer for these rows; every thread of a region calls it. hidden [N, D] is changed in place.
-// No barrier between layers: a row's states belong to one thread from the last product to the next.
-void run_layer(const Model &m, int index, const Rows &rows, float *hidden, const Buffers &b) {
+void run_attention(const Model &m, int index, const Rows &rows, float *hidden, const Buffers &b) {
     Layer &layer = m.layers[index];
     const int n = rows.count, mixed = m.heads * m.head_size;
     each_row(n, [&](int row) {
@@ -920,9 +921,16 @@ void run_layer(const Model &m, int index, const Rows &rows, float *hidden, const
     multiply(layer.output, b.x, n, b.narrow, b.narrow_stride);
     b.barrier->wait();
     each_row(n, [&](int row) {
-        float *state = hidden + int64_t(row) * m.hidden;
-        add_residual(m, layer.after_attention, b.narrow + row * b.narrow_stride, state);
-        enter(m, layer.before_mlp, state, b.x, row, layer.gate_up);
+        add_residual(m, layer.after_attention, b.narrow + row * b.narrow_stride,
+                     hidden + int64_t(row) * m.hidden);
+    });
+}
+
+void run_mlp(const Model &m, int index, const Rows &rows, float *hidden, const Buffers &b) {
+    Layer &layer = m.layers[index];
+    const int n = rows.count;
+    each_row(n, [&](int row) {
+        enter(m, layer.before_mlp, hidden + int64_t(row) * m.hidden, b.x, row, layer.gate_up);
     });
     b.barrier->wait();
     multiply(layer.gate_up, b.x, n, b.wide, b.wide_stride);
@@ -938,6 +946,15 @@ void run_layer(const Model &m, int index, const Rows &rows, float *hidden, const
         add_residual(m, layer.after_mlp, b.narrow + row * b.narrow_stride,
                      hidden + int64_t(row) * m.hidden);
     });
+}
+
+// One part of a path for these rows: a layer, or the half of it that is marked. Every thread of a
+// region calls it; hidden [N, D] is changed in place. No barrier between layers nor between halves:
+// a row's states belong to one thread from the last product to the next.
+void run_layer(const Model &m, int part, const Rows &rows, float *hidden, const Buffers &b) {
+    const int index = part & (ATTENTION - 1);
+    if (!(part & MLP)) run_attention(m, index, rows, hidden, b);
+    if (!(part & ATTENTION)) run_mlp(m, index, rows, hidden, b);
 }
 
 // The inputs of a product from this row on.

@@ -8,7 +8,7 @@ readout is its own norm, head and post-processing, reached the same way. No fami
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -89,14 +89,14 @@ class Adapter:
         first: list[Tensor] = []
 
         def record(*args: Any, **kwargs: Any) -> Any:
-            hidden, rest, named = _split_hidden(args, kwargs)
+            hidden, rest, named = split_hidden(args, kwargs)
             first.append(hidden)
             calls.append((rest, named))
             if len(calls) == len(self.layers):
                 raise _PreparedError
             return self._as_output(hidden)
 
-        with self._stubs([record] * len(self.layers)):
+        with standing(self.layers, [record] * len(self.layers)):
             try:
                 self.model(**{k: v for k, v in arguments.items() if k in self._accepted})
             except _PreparedError:
@@ -122,10 +122,10 @@ class Adapter:
             return self._as_output(rows)
 
         def identity(*args: Any, **kwargs: Any) -> Any:
-            return self._as_output(_split_hidden(args, kwargs)[0])
+            return self._as_output(split_hidden(args, kwargs)[0])
 
         ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
-        with self._stubs([replace, *[identity] * (len(self.layers) - 1)]):
+        with standing(self.layers, [replace, *[identity] * (len(self.layers) - 1)]):
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits[:, 0]
 
@@ -134,26 +134,28 @@ class Adapter:
             return hidden
         return (hidden, *[None] * self._extra_outputs)
 
-    @contextmanager
-    def _stubs(self, stubs: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        """Replace every layer's forward for a moment, whatever was there before."""
-        kept = [layer.__dict__.get("forward") for layer in self.layers]
-        try:
-            for layer, stub in zip(self.layers, stubs, strict=True):
-                layer.__dict__["forward"] = stub
-            yield
-        finally:
-            for layer, own in zip(self.layers, kept, strict=True):
-                if own is None:
-                    layer.__dict__.pop("forward", None)
-                else:  # accelerate's offloading puts a forward of its own on the instance
-                    layer.__dict__["forward"] = own
+
+@contextmanager
+def standing(modules: Iterable[nn.Module], stubs: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Let stubs stand in for the modules' forwards for a moment, whatever was there before."""
+    replaced = list(modules)
+    kept = [module.__dict__.get("forward") for module in replaced]
+    try:
+        for module, stub in zip(replaced, stubs, strict=True):
+            module.__dict__["forward"] = stub
+        yield
+    finally:
+        for module, own in zip(replaced, kept, strict=True):
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:  # accelerate's offloading puts a forward of its own on the instance
+                module.__dict__["forward"] = own
 
 
-def _split_hidden(
+def split_hidden(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Return (hidden states, other arguments by position, other arguments by name)."""
+    """Return (hidden states, other arguments by position, other arguments by name) of a call."""
     if args:
         return args[0], args[1:], kwargs
     named = dict(kwargs)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from offramp.backbone import Shape, from_layer
-from offramp.batch import Span
+from offramp.batch import Span, Text
 from offramp.hf.adapter import Adapter, Prepared
 from offramp.hf.cache import (
     FilledError,
@@ -30,13 +30,17 @@ from offramp.hf.cache import (
     group_cache,
     padding_mask,
 )
+from offramp.hf.halves import Halves
 from offramp.hf.heads import HeadPlace
 from offramp.hf.own import Own, standing_in
 from offramp.meter import Meter
+from offramp.paths import ATTENTION, MLP, is_whole, layer_of
 from offramp.probe import Readout
 from offramp.readouts import ExitReadout
 from offramp.watch import Ran, Watch
 
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}
+"""Of two halves to the whole layer, as a share of the largest state; half precisions get 5e-2."""
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -109,7 +113,7 @@ class HFBackbone:
             for layer in layers:
                 rows = self._call(layer, rows, group)
             done.append((group.members, rows))
-            self.meter.ran(len(layers), [spans[i] for i in group.members])
+            self.meter.ran_path(layers, [spans[i] for i in group.members])
         return _join(done)
 
     def run_until(
@@ -141,6 +145,9 @@ class HFBackbone:
             self.meter.filled(len(layers), rows.shape[0] * rows.shape[1])
 
     def _call(self, layer: int, rows: Tensor, group: _Group) -> Tensor:
+        if not is_whole(layer):
+            with self._halves.only(layer_of(layer), layer):
+                return self.adapter.call(layer_of(layer), rows, group.prepared)
         last = self.shape.num_layers - 1
         if layer <= last:
             return self.adapter.call(layer, rows, group.prepared)
@@ -190,6 +197,31 @@ class HFBackbone:
     def refined(self) -> Readout:
         """Return the full head's: nothing rougher is cheaper here."""
         return self.readout
+
+    @cached_property
+    def halves(self) -> bool:
+        """Return whether each layer is its attention and then its MLP: tried once, on a text."""
+        if not self._halves.named:
+            return False
+        meter, self.meter = self.meter, Meter()
+        text = Text([i % self.shape.vocab_size for i in range(1, 9)], self.open())
+        span = (Span(text, 0, len(text.ids)),)
+        path = range(self.shape.num_layers)
+        try:
+            with self._halves.learning():
+                whole = self.run(path, self.embed(span), span)
+            self.trim(text.slot, 0)
+            parts = [layer | half for layer in path for half in (ATTENTION, MLP)]
+            found = self.run(parts, self.embed(span), span)
+        finally:
+            self.meter = meter
+            self.close(text.slot)
+        bound = _TOLERANCE.get(whole.dtype, 5e-2) * max(whole.abs().max().item(), 1.0)
+        return (found - whole).abs().max().item() <= bound
+
+    @cached_property
+    def _halves(self) -> Halves:
+        return Halves(list(self.adapter.layers))
 
     @cached_property
     def _place(self) -> HeadPlace:

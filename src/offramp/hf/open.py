@@ -75,12 +75,15 @@ def _shape(model: PreTrainedModel, adapter: Adapter) -> Shape:
     kv_heads = fact("num_key_value_heads") or heads
     head = model.get_output_embeddings()
     weights = [_active_weights(layer, fact("num_experts_per_tok") or 1) for layer in adapter.layers]
+    children = [dict(layer.named_children()) for layer in adapter.layers]
+    attentions = [_active_weights(c["self_attn"], 1) for c in children if "self_attn" in c]
     return Shape(
         num_layers=len(adapter.layers),
         hidden_size=hidden,
         vocab_size=vocab,
         context=fact("max_position_embeddings") or 2**31,
         layer_weights=sum(weights) // len(weights),
+        attention_weights=sum(attentions) // len(adapter.layers),
         head_weights=hidden * vocab if head is None else head.weight.numel(),
         kv_weights=2 * hidden * kv_heads * size,
         # Entering a layer for its keys and values computes its queries, too.
