@@ -85,6 +85,7 @@ shapes = st.builds(
     kv_weights=st.integers(0, 50),
     fill_weights=st.integers(0, 50),
     attention_size=st.integers(0, 9),
+    attention_weights=st.integers(0, 1),
     bytes_per_weight=st.sampled_from([0.5, 1.0, 2.0, 4.0]),
     head_bytes_per_weight=st.sampled_from([0.5, 1.0, 2.0, 4.0]),
 )
@@ -282,6 +283,10 @@ def test_rows_are_operations_and_passes_are_bytes(shape: Shape, count: int, chec
         "fill_rows": (2 * shape.fill_weights, 0),
         "attended": (4 * shape.attention_size, 0),
         "layer_passes": (0, shape.layer_weights),
+        "attention_tokens": (2 * shape.attention_weights, 0),
+        "mlp_tokens": (2 * (shape.layer_weights - shape.attention_weights), 0),
+        "attention_passes": (0, shape.attention_weights),
+        "mlp_passes": (0, shape.layer_weights - shape.attention_weights),
         "head_passes": (0, shape.head_weights),
         "check_passes": (0, check),
         "fill_passes": (0, shape.fill_weights),

@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offramp.backbone import Backbone
-from offramp.checks import FULL_HEAD, FullHead, GateFile, LowRank, Shortlist, Tokens
+from offramp.checks import FULL_HEAD, FullHead, GateFile, Head, LowRank, Refined, Shortlist, Tokens
 from offramp.errors import OfframpError, UsageError
+from offramp.paths import MLP
 from offramp.plan import ModelId, Plan, read_plan, write_plan
 from offramp.runs import Adapt, Exit, Full, Path, Route, Run, Skip, Speculate
 from offramp.signals import registry
@@ -210,6 +211,12 @@ def test_only_full_depth_and_speculation_are_lossless() -> None:
     lossless: list[Run] = [Full(), Speculate(draft=(0,)), Adapt(drafts=((0,),))]
     expected = [True, True, True, False, False, False, False]
     assert expected == [Plan(run=run).lossless for run in [*lossless, *lossy]]
+    known = ModelId(name="m", num_layers=2, fingerprint="f")
+    heads: list[Head] = [FULL_HEAD, Refined(), Shortlist(size=9)]
+    every = [Plan(run=Path(layers=(0, 1), head=head), model=known) for head in heads]
+    assert [plan.lossless for plan in every] == [True, True, False]
+    assert not Plan(run=Path(layers=(0, 1))).lossless
+    assert not Plan(run=Path(layers=(0, 1 | MLP)), model=known).lossless
 
 
 # -- refused when read

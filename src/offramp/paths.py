@@ -88,12 +88,13 @@ def check_parts(parts: Sequence[int], num_layers: int) -> None:
     Raises:
         UsageError: empty, its layers not strictly ascending, or out of range.
     """
-    known = all(part >= 0 and part >> 20 in (0, 1, 2) for part in parts)
-    if not known or any(layer_of(b) <= layer_of(a) for a, b in pairwise(parts)) or not parts:
+    layers = [part if part < 0 else layer_of(part) for part in parts]
+    marked = all(part >> 20 in (0, 1, 2) for part in parts if part >= 0)
+    if not parts or not marked or any(b <= a for a, b in pairwise(layers)):
         raise UsageError(
-            f"a path is one or more parts of ascending layers, not {[*map(named, parts)]}"
+            f"a path is one or more ascending layers, or halves of them, not {[*map(named, parts)]}"
         )
-    if layer_of(parts[-1]) >= num_layers:
+    if layers[0] < 0 or layers[-1] >= num_layers:
         raise UsageError(
             f"path {[*map(named, parts)]} leaves the model's layers 0 to {num_layers - 1}"
         )

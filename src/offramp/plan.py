@@ -14,7 +14,7 @@ from pydantic import Field
 
 from offramp.backbone import Backbone, Shape
 from offramp.certificate import Certificate, check_whole, checksum
-from offramp.checks import FULL_HEAD, Check, GateFile, Head, Refined
+from offramp.checks import FULL_HEAD, Check, FullHead, GateFile, Head, Refined
 from offramp.control import controlled
 from offramp.cost import check_in_heads
 from offramp.decode import Way, decode
@@ -53,8 +53,12 @@ class Plan(Record):
 
     @property
     def lossless(self) -> bool:
-        """Whether the tokens are the full model's."""
-        return isinstance(self.run, Full | Speculate | Adapt)
+        """Whether the tokens are the full model's; of a path only known where its model is."""
+        match self.run:
+            case Path(head=FullHead() | Refined()) if self.model is not None:
+                return self.run.layers == tuple(range(self.model.num_layers))
+            case _:
+                return isinstance(self.run, Full | Speculate | Adapt)
 
     def check(self, backbone: Backbone) -> None:
         """Refuse a plan that is not for this model.
