@@ -498,6 +498,7 @@ def test_figures_have_the_shared_names() -> None:
     }
     counters = {"drafted", "accepted", "head_passes", "fill_passes", "attended"}
     counters |= {"check_passes", "check_rows", "map_passes", "map_rows"}
+    counters |= {"attention_passes", "attention_tokens", "mlp_passes", "mlp_tokens"}
     work = full_depth([(3, 2)], PUBLISHED["SmolLM2-135M"], 1)
     assert shared | counters == set(figures(work, work, [30, 30]).as_dict())
 

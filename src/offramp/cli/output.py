@@ -79,6 +79,9 @@ def figures_table(figures: Mapping[str, Any], console: Console) -> None:
         *_predicted(figures),
         ("tokens per second", f"{figures['tokens_per_second']:.1f}"),
     ]
+    halves = figures["attention_passes"], figures["mlp_passes"]
+    if any(halves):
+        rows.insert(3, ("passes of attention, MLP alone", "{}, {}".format(*halves)))
     if figures["drafted"]:
         share = figures["accepted"] / figures["drafted"]
         rows.insert(
