@@ -178,25 +178,45 @@ def evaluated(record: dict[str, Any]) -> str:
 
 def sublayers(record: dict[str, Any]) -> str:
     """Return what is lost where whole layers, or attention and MLP apart, are left out."""
-    rows: dict[float, dict[str, dict[str, Any]]] = {}
-    for row in record["rows"]:
-        rows.setdefault(round(row["share"], 1), {})[row["parts"]] = row
     lines = [
-        "| weights left out | whole layers | loss | attention and MLP apart | loss |",
-        "|---:|---:|---:|---:|---:|",
+        "| weights left, in layers | whole layers out | loss | agreement | halves out | loss "
+        "| agreement |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for share, by in rows.items():
-        whole, halves = by["layers"], by["halves"]
-        kinds = [kind for _, kind in halves["out"]]
-        split = f"{kinds.count('attention')} attention, {kinds.count('mlp')} MLP"
+    halves = record["rows"]["halves"]
+    for whole in record["rows"]["layers"]:
+        count = sum(row["layers"] > whole["layers"] - 0.01 for row in halves)
+        half, out = halves[count - 1], [str(row["removed"]) for row in halves[1:count]]
+        attentions, mlps = ({o[:-1] for o in out if o[-1:] == mark} for mark in "am")
+        gone = {o for o in out if o.isdigit()} | attentions & mlps
         lines.append(
-            f"| {share:.0%} | {len(whole['out'])} | {whole['loss']:.2f} | {split} "
-            f"| {halves['loss']:.2f} |"
+            f"| {whole['layers']:g} | {record['rows']['layers'].index(whole)} "
+            f"| {whole['loss']:.2f} | {whole['agreement']:.0%} "
+            f"| {len(attentions - gone)} attention, {len(mlps - gone)} MLP, {len(gone)} whole "
+            f"| {half['loss']:.2f} | {half['agreement']:.0%} |"
         )
+    times = [
+        f"| {context} | " + " | ".join(_span(by[name]) for name in ("layers", "halves")) + " |"
+        for context, by in record["clock"].items()
+    ]
+    kept = len(record["paths"]["layers"])
+    lines += [
+        "",
+        f"| tokens before | {kept} whole layers, time to all | halves of that weight, likewise |",
+        "|---:|---:|---:|",
+        *times,
+    ]
+    machine = record["machine"]
     return "\n".join(lines) + (
-        f"\n\n{record['model']}, nats per token on {record['tokens']} tokens of {record['data']}; "
-        f"with everything {record['full']['loss']:.2f}. Written by `{record['command']}`."
+        f"\n\n{record['model']}; nats per token and equal choices on {record['tokens']} tokens of "
+        f"{record['data']} that had no say; times in {record['timed_weights']}, "
+        f"{machine['threads']} threads of {machine['processor']}, medians and quartiles of "
+        f"{record['rounds']} rounds in turns. Written by `{record['command']}`."
     )
+
+
+def _span(found: dict[str, float]) -> str:
+    return f"{found['median']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
 
 
 def race(record: dict[str, Any]) -> str:
