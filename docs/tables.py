@@ -279,7 +279,6 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "docs/clock.md": {"clock": clock, "clock_avx2": clock},
     "docs/tuning.md": {
         "train_speed": train_speed,
-        "tuning_exits": tuning,
         "tuning_blocks": tuning,
         "narrow_sst2": narrow,
         "narrow_ag_news": narrow,

@@ -1,6 +1,7 @@
-"""AdaInfer on the default model: what it saves, with and without what looking costs.
+"""AdaInfer on the default model or a tuned one: what it saves, with and without what looks cost.
 
-    python experiments/adainfer.py --data /path/to/data --out results/adainfer.json
+    python experiments/adainfer.py --data data --out results/adainfer.json
+    python experiments/adainfer.py runs/sorted --exits 12,18,24 --weights int8 --data data --out F
 
 Few-shot answers of one token. Half of each task's items are fitted to, half judged: classifiers of
 the task itself ("task"), of all other tasks ("cross") and of all ("all"), by the full head and by a
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from adainfer_tasks import TASKS, items
+from command import command
 from torch import Tensor
 
 import offramp
@@ -29,6 +31,7 @@ from offramp.adainfer.labels import joined
 from offramp.backbone import Backbone
 from offramp.checks import FULL_HEAD, Check, Shortlist
 from offramp.classifier import Classifier, Kind
+from offramp.cli.options import parse_depths
 from offramp.cli.output import environment, finish
 from offramp.cost import flops
 from offramp.meter import Meter
@@ -57,9 +60,9 @@ SIGNALS = ("margin", "max_prob", "entropy")
 def main() -> None:
     """Trace every task once, then fit and judge on the traces; write the record."""
     options = _parser().parse_args()
-    # Of the default model, whose own weights are Q4_1, int4 layers are the very same numbers.
-    model = offramp.load(weights="int4")
-    exits = tuple(range(1, model.backbone.shape.num_layers))
+    model = offramp.load(options.model, weights=options.weights)
+    every = range(1, model.backbone.shape.num_layers)
+    exits = parse_depths(options.exits) or tuple(every)
     traces = {}
     for name in TASKS:
         start = time.perf_counter()
@@ -70,8 +73,7 @@ def main() -> None:
     rows += list(_variants(traces, model.backbone))
     measured = _measured(model, traces, options)
     result = {
-        "command": f"python experiments/adainfer.py --data DATA --limit {options.limit} "
-        "--out results/adainfer.json",
+        "command": command(),
         "model": model.name,
         "limit": options.limit,
         "seed": options.seed,
@@ -86,6 +88,10 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", help="the default model, untuned, by default")
+    parser.add_argument("--exits", help="depths with commas; every layer by default")
+    # Of the default model, whose own weights are Q4_1, int4 layers are the very same numbers.
+    parser.add_argument("--weights", default="int4", choices=("int4", "int8", "fp32"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=20, help="items per task")
     parser.add_argument("--seed", type=int, default=0)
