@@ -93,14 +93,19 @@ def _kept(work: Meter, constants: Constants, shape: Shape | None, check_weights:
         return 0.0
     cheap = check_in_heads(shape, check_weights) if shape is not None and check_weights else 1.0
     heads = work.head_passes + cheap * work.check_passes
-    return constants.kept_seconds(work.layer_passes / work.tally.steps, heads / work.tally.steps)
+    layers: float = work.layer_passes
+    if shape is not None:
+        layers += work.attention_passes * worth([ATTENTION], shape)
+        layers += work.mlp_passes * worth([MLP], shape)
+    return constants.kept_seconds(layers / work.tally.steps, heads / work.tally.steps)
 
 
 def worth(parts: Sequence[int], shape: Shape) -> float:
     """Return the weights of the parts of a path, one layer = 1."""
-    attention = shape.attention_weights / shape.layer_weights
-    halves = (attention if attends(part) else 1 - attention for part in parts if not is_whole(part))
-    return sum(map(is_whole, parts)) + sum(halves)
+    marked = [part for part in parts if not is_whole(part)]
+    attention, mlp = shape.attention_weights, shape.layer_weights - shape.attention_weights
+    halves = sum(attention if attends(part) else mlp for part in marked)
+    return len(parts) - len(marked) + halves / shape.layer_weights
 
 
 def full_depth(

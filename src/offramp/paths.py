@@ -107,6 +107,9 @@ def check_path(layers: Sequence[int], num_layers: int) -> None:
         UsageError: empty, not strictly ascending, or out of range.
     """
     if not layers or any(b <= a for a, b in pairwise(layers)):
-        raise UsageError(f"a path is one or more ascending layers, not {list(layers)}")
+        raise UsageError(f"a path is one or more ascending layers, not {[*map(named, layers)]}")
     if layers[0] < 0 or layers[-1] >= num_layers:
-        raise UsageError(f"path {list(layers)} leaves the model's layers 0 to {num_layers - 1}")
+        raise UsageError(
+            f"path {[*map(named, layers)]} leaves the model's layers 0 to {num_layers - 1}, which "
+            "have to be whole here"
+        )

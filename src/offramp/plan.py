@@ -75,6 +75,11 @@ class Plan(Record):
                 f"fingerprint {self.model.fingerprint}), not for this model "
                 f"({backbone.shape.num_layers} layers, fingerprint {backbone.fingerprint})"
             )
+        if self.model is not None and self.model.num_layers != backbone.shape.num_layers:
+            raise UsageError(
+                f"this plan says that {self.model.name} has {self.model.num_layers} layers, and it "
+                f"has {backbone.shape.num_layers}: somebody changed it"
+            )
         self.run.must_fit(backbone)
 
 

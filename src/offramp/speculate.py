@@ -19,7 +19,7 @@ from torch import Tensor
 
 from offramp.backbone import Backbone
 from offramp.errors import UsageError
-from offramp.paths import layer_of, named
+from offramp.paths import check_parts, layer_of, named
 from offramp.policy import FULL, Policy, fixed
 from offramp.probe import Readout
 from offramp.request import Pool, Request, Token, Writer
@@ -65,11 +65,12 @@ class Draft:
             raise UsageError(
                 f"a draft runs ascending layers from layer 0, not {[*map(named, layers)]}"
             )
-        if layer_of(layers[-1]) >= num_layers or layers == tuple(range(num_layers)):
+        if layers[-1] < 0 or layer_of(layers[-1]) >= num_layers or layers == (*range(num_layers),):
             raise UsageError(
                 f"a draft runs some but not all of the {num_layers} layers, not {len(layers)} of "
                 f"them up to layer {named(layers[-1])}"
             )
+        check_parts(layers, num_layers)
         if self.tokens < 1:
             raise UsageError(f"a draft proposes 1 token or more, not {self.tokens}")
         if not 0 <= self.min_confidence <= 1:

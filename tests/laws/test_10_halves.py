@@ -178,6 +178,14 @@ def test_halves_that_make_no_path_are_refused(layers: tuple[int, ...]) -> None:
         Plan(run=Path(layers=layers)).check(opened("llama"))
 
 
+@pytest.mark.parametrize("wrong", [3 << 20 | 3, 1 << 22 | 3, 1 << 40 | 3, -(1 << 20) + 3])
+def test_no_other_marks_are_known(wrong: int) -> None:
+    """The kernels would read them in some way, and the meter in another."""
+    for run in (Path(layers=(0, wrong)), Speculate(draft=(0, wrong)), Adapt(drafts=((0, wrong),))):
+        with pytest.raises(UsageError, match=r"path|draft"):
+            Plan(run=run).check(opened("llama"))
+
+
 @pytest.mark.parametrize("family", ["graph:llama", "gpt_neox", "falcon", "cohere"])
 def test_a_model_without_halves_says_so(family: str) -> None:
     """Where attention and MLP read the same state, or on a backbone that runs whole layers."""

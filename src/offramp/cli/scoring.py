@@ -108,9 +108,14 @@ def written_plan(
 ) -> dict[str, Any] | None:
     """Write the router and the plan that uses it; return the plan."""
     from offramp.allocate.fit import price_of
+    from offramp.paths import check_path
     from offramp.plan import Plan, write_plan
+    from offramp.runs import Path as SubModel
     from offramp.runs import Route
 
+    for way in scored.runs:
+        if isinstance(way, SubModel):  # a route's prompts wait in front of whole layers
+            check_path(way.layers, scored.model.num_layers)
     digest = fitted.save(router)
     if plan is None:
         return None

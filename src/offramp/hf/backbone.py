@@ -213,6 +213,8 @@ class HFBackbone:
             self.trim(text.slot, 0)
             parts = [layer | half for layer in path for half in (ATTENTION, MLP)]
             found = self.run(parts, self.embed(span), span)
+        except (KeyError, TypeError, ValueError, RuntimeError):  # halves of some other kind
+            return False
         finally:
             self.meter = meter
             self.close(text.slot)

@@ -14,6 +14,7 @@ from offramp.backbone import Backbone
 from offramp.batch import Flow, Span, Text
 from offramp.errors import OfframpError, UsageError
 from offramp.exits import Exits
+from offramp.paths import named
 
 _BUDGET = 2**24
 """Logits held at once, in elements (64 MiB in fp32)."""
@@ -98,7 +99,8 @@ class Passes:
         chosen, loss = self._read(path, hidden)
         if not loss.isfinite().all():
             raise OfframpError(
-                f"the layers {list(path)} give no finite loss on these texts; try --weights fp32"
+                f"the layers {[*map(named, path)]} give no finite loss on these texts; "
+                "try --weights fp32"
             )
         agrees = (chosen == self.full).float().mean().item()
         return Judgement(loss.mean().item(), agrees)

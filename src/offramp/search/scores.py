@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from offramp.errors import OfframpError
+from offramp.paths import named
 from offramp.search.passes import Passes
 
 
@@ -27,7 +28,8 @@ def cosines(
         score = mean_cosine(passes.counted(hidden), passes.counted(after))
         if not -1.001 <= score <= 1.001:  # NaN is not
             raise OfframpError(
-                f"layer {layer} makes states on these texts that are no numbers; try --weights fp32"
+                f"layer {named(layer)} makes states on these texts that are no numbers; "
+                "try --weights fp32"
             )
         found.append(score)
         inputs.append(hidden)
