@@ -280,6 +280,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
     "docs/tuning.md": {
         "train_speed": train_speed,
         "tuning_blocks": tuning,
+        "tuning_general": general,
         "narrow_sst2": narrow,
         "narrow_ag_news": narrow,
         "narrow_e2e": narrow,
@@ -294,6 +295,7 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
         "lite_tuned": lite,
         "sorted": sorted_llama,
         "adainfer": adainfer,
+        "adainfer_tuned": adainfer,
         "skip_exit": skip_exit,
         "skip_gates": skip_gates,
         "policies": policies,

@@ -5,10 +5,10 @@
 TASK is one of
 
 * general: instruction following on Alpaca (non-commercial licence: the weights stay where they are
-  made), and what becomes of the last layer. Plain fine-tuning; SoFT (whose loss is LITE's where a
-  step trains every exit); and from the plain model on: a head per exit, LITE with that model as
-  teacher, a block per exit, all weights after the blocks. About a quarter of an hour each on a core
-  that multiplies bf16.
+  made), and what becomes of the last layer. Plain fine-tuning, once and twice; SoFT (whose loss
+  is LITE's where a step trains every exit); and from the plain model on: a head per exit, LITE with
+  that model as teacher, a block per exit, all weights after the blocks. About a quarter of an hour
+  each on a core that multiplies bf16.
 * exits: ways of teaching the default model's exits on its own answers to prompts that anyone may
   train on (`open_prompts.py`): a block per exit or an affine map, the model left alone; more of it
   in smaller steps; the exit at 24 alone, on prompts of the model's own, too; adapters; all weights
@@ -93,6 +93,11 @@ _CLASSES = _NARROW + "--learning-rate 1e-4 "
 TASKS: dict[str, list[Arm]] = {
     "general": [
         Arm("sft", "--recipe sft --exits 12,18,24 --learning-rate 1e-4 " + _GENERAL),
+        Arm(
+            "longer",
+            "--recipe sft --exits 12,18,24 --learning-rate 1e-4 --seed 1 " + _GENERAL,
+            start="sft",
+        ),
         Arm("sorted", "--recipe sorted --exits 12,18,24 --learning-rate 1e-4 " + _GENERAL),
         Arm(
             "ict",
