@@ -255,6 +255,9 @@ def _figures(
         "the same at 4,096 tokens of context": ratio("context 4096", "context 4096, first 12"),
         "full depth / first 12 of 30, refined head": ratio("full", "first 12, refined head"),
         "full depth / the same, refined head": ratio("full", "full, refined head"),
+        "full depth / first 12 of 30, both by a refined head": ratio(
+            "full, refined head", "first 12, refined head"
+        ),
         "five rows / one": ratio("five rows", "full"),
         "256 / 4,096 tokens of context": ratio("full", "context 4096"),
         "sixteen texts, half leave at 12 / all to 30": ratio(
