@@ -20,8 +20,8 @@ class Halves:
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = layers
-        self._outputs: dict[str, int | None] = {}
-        """How many values a half returns beside its states, by name; None: states alone."""
+        self._outputs: dict[tuple[int, str], int | None] = {}
+        """How many values a layer's half returns beside its states; None: states alone."""
 
     @property
     def named(self) -> bool:
@@ -32,23 +32,24 @@ class Halves:
     def learning(self) -> Iterator[None]:
         """Note, while whole layers run, what their halves return."""
 
-        def hook(name: str) -> Callable[..., None]:
+        def hook(index: int, name: str) -> Callable[..., None]:
             def note(_module: nn.Module, _args: Any, output: Any) -> None:
-                self._outputs[name] = len(output) - 1 if isinstance(output, tuple) else None
+                self._outputs[index, name] = len(output) - 1 if isinstance(output, tuple) else None
 
             return note
 
         with ExitStack() as hooks:
-            for name in _NAMES:
-                half = self._layers[0].get_submodule(name)
-                hooks.enter_context(_removed(half.register_forward_hook(hook(name))))
+            for index, layer in enumerate(self._layers):
+                for name in _NAMES:
+                    half = layer.get_submodule(name)
+                    hooks.enter_context(_removed(half.register_forward_hook(hook(index, name))))
             yield
 
     @contextmanager
     def only(self, layer: int, part: int) -> Iterator[None]:
         """Let the other half of this layer add nothing; it is not run."""
         name = "mlp" if attends(part) else "self_attn"
-        extra = self._outputs[name]
+        extra = self._outputs[layer, name]
 
         def nothing(*args: Any, **kwargs: Any) -> Any:
             states: Tensor = torch.zeros_like(split_hidden(args, kwargs)[0])
