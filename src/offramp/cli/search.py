@@ -14,6 +14,7 @@ from offramp.cli.tracing import Texts, given_texts, own_answers, timed
 from offramp.errors import UsageError
 
 if TYPE_CHECKING:
+    from offramp.backbone import Shape
     from offramp.checks import Head
     from offramp.model import Model
     from offramp.search.subsets import Step
@@ -154,7 +155,8 @@ def search(
         write_plan(out, plan)
     context = sum(len(ids) for ids, _ in texts) // len(texts)
     price = _Price(loaded, use, draft_tokens, reads, timed(loaded), context)
-    rows = [_row(step) | {"predicted_ratio": price.of(step)} for step in steps]
+    shape = loaded.backbone.shape
+    rows = [_row(step, shape) | {"predicted_ratio": price.of(step)} for step in steps]
     drafted = _drafted(loaded, plan, texts) if use is Use.draft else None
     if not json:
         _show(rows, drafted, use, out)
@@ -174,12 +176,14 @@ def search(
     finish(record, as_json=json, out=None)
 
 
-def _row(step: Step) -> dict[str, Any]:
-    """Return a step as JSON has it: parts by their names."""
+def _row(step: Step, shape: Shape) -> dict[str, Any]:
+    """Return a step as JSON has it: parts by their names, and what they weigh in layers."""
+    from offramp.cost import worth
     from offramp.paths import named
 
     removed = None if step.removed is None else named(step.removed)
-    return dataclasses.asdict(step) | {"layers": [*map(named, step.layers)], "removed": removed}
+    found = {"layers": [*map(named, step.layers)], "removed": removed}
+    return dataclasses.asdict(step) | found | {"weighs": worth(step.layers, shape)}
 
 
 def _searched(loaded: Model, texts: Texts, keep: int, by: Criterion, *, halves: bool) -> list[Step]:
@@ -252,7 +256,7 @@ def _show(
     console = Console(highlight=False)
     shown = [
         (
-            f"{len(row['layers'])}",
+            f"{row['weighs']:.4g}",
             "" if row["removed"] is None else f"{row['removed']}",
             *(f"{row['searched'][key]:.3f}" for key in ("loss", "agreement")),
             *(f"{row['held_out'][key]:.3f}" for key in ("loss", "agreement")),
