@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "offramp"
 
 # Lower knows nothing of higher. Modules in one entry may import each other.
 ORDER = [
-    ("errors", "meter", "files", "heads", "journal", "machine", "records", "shipped"),
+    ("errors", "files", "heads", "journal", "machine", "meter", "paths", "records", "shipped"),
     ("shown", "reliability"),
     ("batch", "probe", "readouts", "watch"),
     ("backbone",),
@@ -26,7 +26,7 @@ ORDER = [
     ("exits",),
     ("step",),
     ("timing",),
-    ("sample", "paths", "cost"),
+    ("sample", "cost"),
     ("request",),
     ("decode",),
     ("speculate", "skipping"),

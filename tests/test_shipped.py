@@ -17,7 +17,7 @@ from offramp.runs import Exit
 from offramp.text import encode
 from offramp.trace import record
 
-NAMES = ["The Amber Kettle", "Quiet Harbour"]
+NAMES = ["The Amber Kettle", "Blue Lantern"]
 MEANINGS = [
     f"name: {NAMES[0]} | type: pub | food: Greek | price: cheap | area: riverside\nText:",
     f"name: {NAMES[1]} | type: coffee shop | rating: 5 out of 5 | near: The Rusty Fox\nText:",
