@@ -51,6 +51,11 @@ class Shape:
     maps: tuple[int, ...] = ()
     """Exits that own an affine map."""
 
+    @property
+    def mlp_weights(self) -> int:
+        """Return those of ``layer_weights`` that are not the attention's."""
+        return self.layer_weights - self.attention_weights
+
 
 class Backbone(Protocol):
     """Runs any layers on any rows of many texts, keeping keys and values per text and layer.

@@ -32,7 +32,7 @@ def flops(work: Meter, shape: Shape, check_weights: int = 0) -> float:
     return 2.0 * (
         shape.layer_weights * work.layer_tokens
         + shape.attention_weights * work.attention_tokens
-        + (shape.layer_weights - shape.attention_weights) * work.mlp_tokens
+        + shape.mlp_weights * work.mlp_tokens
         + shape.head_weights * work.head_rows
         + check_weights * work.check_rows
         + shape.hidden_size**2 * work.map_rows
@@ -49,7 +49,7 @@ def weight_bytes(work: Meter, shape: Shape, check_weights: int = 0) -> float:
     checks = check_weights * work.check_passes
     layers = shape.layer_weights * work.layer_passes + shape.fill_weights * work.fill_passes
     layers += shape.attention_weights * work.attention_passes
-    layers += (shape.layer_weights - shape.attention_weights) * work.mlp_passes
+    layers += shape.mlp_weights * work.mlp_passes
     head = shape.head_weights * work.head_passes
     maps = shape.map_bytes_per_weight * shape.hidden_size**2 * work.map_passes
     return shape.bytes_per_weight * (layers + checks) + shape.head_bytes_per_weight * head + maps
@@ -103,8 +103,7 @@ def _kept(work: Meter, constants: Constants, shape: Shape | None, check_weights:
 def worth(parts: Sequence[int], shape: Shape) -> float:
     """Return the weights of the parts of a path, one layer = 1."""
     marked = [part for part in parts if not is_whole(part)]
-    attention, mlp = shape.attention_weights, shape.layer_weights - shape.attention_weights
-    halves = sum(attention if attends(part) else mlp for part in marked)
+    halves = sum(shape.attention_weights if attends(p) else shape.mlp_weights for p in marked)
     return len(parts) - len(marked) + halves / shape.layer_weights
 
 

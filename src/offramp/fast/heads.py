@@ -17,7 +17,8 @@ from offramp.probe import Readout
 
 SURE = 5.0
 """Standard errors to either side that a rough logit is allowed: of two logits one would have to be
-off by seven to be taken for the other, once in a hundred billion."""
+off by seven to be taken for the other: once in a hundred billion, for states that are spread over
+their inputs as the last norm's gains are."""
 _STATES = (GROUP / 12) ** 0.5 / 127
 """The most that a state's own rounding to 8 bits is off, of its norm: one value is all of it."""
 
