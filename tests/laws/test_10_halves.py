@@ -196,6 +196,19 @@ def test_a_model_without_halves_says_so(family: str) -> None:
             Plan(run=one).check(backbone)
 
 
+def test_whoever_runs_halves_need_not_ask_first() -> None:
+    """The loops take any path: a backbone that was never asked runs it, or says that it cannot."""
+    backbone = open_model(generic("gemma2").model)
+    text = Text(texts_of(backbone, [6])[0], backbone.open())
+    expected = own_logits(generic("gemma2"), text.ids)[-1:]
+    assert_close(expected, step(backbone, [text], layers=PATH).logits)
+    other = open_model(generic("gpt_neox").model)
+    text = Text(texts_of(other, [6])[0], other.open())
+    with pytest.raises(UsageError, match="half of a layer"):
+        step(other, [text], layers=PATH)
+    assert text.done == 0
+
+
 def test_looking_whether_a_model_has_halves_leaves_nothing_behind() -> None:
     plain = generic("llama")
     backbone = open_model(plain.model)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.backbone import Shape
+from offramp.backbone import Shape, must_halve
 from offramp.batch import Span
 from offramp.fast.capture import Graphs
 from offramp.fast.fused import Fused
@@ -99,7 +99,12 @@ class GraphBackbone:
 
     @torch.no_grad()
     def run(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> Tensor:
-        """Run ``hidden [N, D]`` through ``layers`` in order, appending keys and values."""
+        """Run ``hidden [N, D]`` through ``layers`` in order, appending keys and values.
+
+        Raises:
+            UsageError: halves of layers: here they run as wholes only.
+        """
+        must_halve(self, layers)
         self._reserve(layers, spans)
         path, length = tuple(layers), at_least(max(span.stop for span in spans))
         segment = partial(self.layers.run, path, length)

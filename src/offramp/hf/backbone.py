@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offramp.backbone import Shape, from_layer
+from offramp.backbone import Shape, from_layer, must_halve
 from offramp.batch import Span, Text
 from offramp.hf.adapter import Adapter, Prepared
 from offramp.hf.cache import (
@@ -105,7 +105,15 @@ class HFBackbone:
 
     @torch.no_grad()
     def run(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> Tensor:
-        """Run ``hidden [N, D]`` through ``layers`` in order, appending keys and values."""
+        """Run ``hidden [N, D]`` through ``layers`` in order, appending keys and values.
+
+        Raises:
+            UsageError: halves of layers, and this model's have none.
+        """
+        must_halve(self, layers)
+        return self._through(layers, hidden, spans)
+
+    def _through(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> Tensor:
         done = []
         parts = hidden.split([len(span) for span in spans])
         for group in self._prepare(spans):
@@ -199,6 +207,7 @@ class HFBackbone:
         return self.readout
 
     @cached_property
+    @torch.no_grad()
     def halves(self) -> bool:
         """Return whether each layer is its attention and then its MLP: tried once, on a text."""
         if not self._halves.named:
@@ -209,10 +218,10 @@ class HFBackbone:
         path = range(self.shape.num_layers)
         try:
             with self._halves.learning():
-                whole = self.run(path, self.embed(span), span)
+                whole = self._through(path, self.embed(span), span)
             self.trim(text.slot, 0)
             parts = [layer | half for layer in path for half in (ATTENTION, MLP)]
-            found = self.run(parts, self.embed(span), span)
+            found = self._through(parts, self.embed(span), span)
         except (KeyError, TypeError, ValueError, RuntimeError):  # halves of some other kind
             return False
         finally:
