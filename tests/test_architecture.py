@@ -15,7 +15,18 @@ SOURCE = ROOT / "src" / "offramp"
 
 # Lower knows nothing of higher. Modules in one entry may import each other.
 ORDER = [
-    ("errors", "files", "heads", "journal", "machine", "meter", "paths", "records", "shipped"),
+    (
+        "collector",
+        "errors",
+        "files",
+        "heads",
+        "journal",
+        "machine",
+        "meter",
+        "paths",
+        "records",
+        "shipped",
+    ),
     ("shown", "reliability"),
     ("batch", "probe", "readouts", "watch"),
     ("backbone",),

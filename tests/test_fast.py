@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import offramp
+import offramp.fast.pack
 from offramp.errors import UnsupportedModelError, UsageError
 from offramp.fast.backbone import FastBackbone
 from offramp.fast.build import UnavailableError, kernels
@@ -71,6 +72,17 @@ def test_any_weights_are_held_within_half_a_step(form: Format, bound: float) -> 
     again = dequantise(*quantise(weight, form))
     assert (again - weight).square().mean().sqrt().item() <= bound
     assert not again[3].any()
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_it_is_all_the_same_how_many_weights_are_quantised_at_once(
+    form: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(50, 96, generator=torch.Generator().manual_seed(1))
+    once = quantise(weight, form)
+    monkeypatch.setattr(offramp.fast.pack, "_AT_ONCE", 96 * 7)
+    for part, whole in zip(quantise(weight, form), once, strict=True):
+        assert torch.equal(part, whole)
 
 
 def test_what_tuning_added_to_an_exits_block_is_held_beside_int4() -> None:

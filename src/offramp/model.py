@@ -12,6 +12,7 @@ import torch
 
 from offramp.backbone import Backbone
 from offramp.card import Card
+from offramp.collector import resting
 from offramp.cost import Figures, full_depth
 from offramp.errors import OfframpError, UnsupportedModelError, UsageError
 from offramp.fast.build import UnavailableError
@@ -217,6 +218,7 @@ class Model:
         return Stream(self, many, requests, watchers, plan, batch_size)
 
 
+@resting()
 def load(
     name: str | None = None,
     *,

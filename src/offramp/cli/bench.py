@@ -126,11 +126,11 @@ def bench(
         raise OfframpError("--plot needs matplotlib: pip install 'offramp[plot]'")
     import torch
 
+    from offramp import load
     from offramp.bench import own
     from offramp.bench.figures import rows
     from offramp.bench.peers import able, opening_order, peer_contestants
     from offramp.cli.output import environment, finish
-    from offramp.model import load
 
     torch.set_num_threads(threads or torch.get_num_threads())
     names, whole = able(asked and [name for name in asked if name != "none"], model)

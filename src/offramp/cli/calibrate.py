@@ -119,6 +119,7 @@ def calibrate(
     _must_be_installed()
     from rich.console import Console
 
+    from offramp import load
     from offramp.calibrate.certify import Goal, must_be_enough
     from offramp.calibrate.run import Way, calibrate, exits_of
     from offramp.calibrate.settings import pricing
@@ -126,7 +127,6 @@ def calibrate(
     from offramp.checks import parse_check, parse_head
     from offramp.cli.certificate import show
     from offramp.cli.output import environment, finish
-    from offramp.model import load
     from offramp.plan import write_plan
     from offramp.timing import known
 

@@ -118,8 +118,8 @@ def evaluate(
     prefers = None if judge is None else _preference(judge, judge_model, judge_key, out)
     from rich.console import Console
 
+    from offramp import load
     from offramp.cli.output import environment, finish
-    from offramp.model import load
 
     loaded = load(
         model,

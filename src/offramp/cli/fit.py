@@ -120,7 +120,7 @@ def fit(
 
         data = joined([load_trace(path) for path in trace])
     else:
-        from offramp.model import load
+        from offramp import load
 
         loaded = load(
             model,

@@ -99,8 +99,8 @@ def generate(
     _may_audit(chosen, audit, sampling)
     from rich.console import Console
 
+    from offramp import load
     from offramp.cli.output import environment, figures_table, finish
-    from offramp.model import load
     from offramp.text import pieces
 
     loaded = load(

@@ -44,9 +44,8 @@ def inspect(
     wanted = o.read_prompt_options(prompt, prompts, limit)
     from rich.console import Console
 
-    from offramp import inspection
+    from offramp import inspection, load
     from offramp.cli.output import environment, finish
-    from offramp.model import load
 
     loaded = load(
         model,

@@ -106,7 +106,7 @@ def oracle(
 
     loaded = None
     if table is None or model is not None:
-        from offramp.model import load
+        from offramp import load
 
         loaded = load(
             model,

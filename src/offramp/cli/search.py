@@ -117,8 +117,8 @@ def search(
 
     check_count(len(wanted))
     reads = parse_head(head or "full")
+    from offramp import load
     from offramp.cli.output import environment, finish
-    from offramp.model import load
     from offramp.plan import Plan, write_plan
     from offramp.runs import Path as SubModel
     from offramp.runs import Speculate

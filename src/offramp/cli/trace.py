@@ -93,10 +93,10 @@ def trace(
         chosen = plan_of(earlier)
     from rich.console import Console
 
+    from offramp import load
     from offramp.checks import parse_check, parse_head
     from offramp.cli.detail import curve, details, exit_rows, signal_of
     from offramp.cli.output import environment, finish, table
-    from offramp.model import load
     from offramp.plan import check_of
     from offramp.runs import Exit
 

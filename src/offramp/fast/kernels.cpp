@@ -25,6 +25,7 @@ constexpr int CHUNK = 256;   // rows that go through the layers together: their 
 constexpr int TILE = 8;       // rows whose sums fit into registers
 constexpr int SHARED_ROWS = 4;  // rows per thread from which on threads take whole rows
 constexpr int SHARE = 1024;  // keys that are attended to at a time
+constexpr int AHEAD = 4096;  // bytes that are fetched before they are needed
 
 // INT8_FINE: weights as in INT8, read by states of 16 bits in place of 8.
 enum Format : int32_t { FP32, BF16, INT8, INT4, INT8_FINE };
@@ -207,6 +208,8 @@ void block_quantised(const uint8_t *block, const Inputs &x, int row, int inputs,
     for (int group = 0; group < inputs / GROUP; group++, block += STRIDE) {
         const int64_t at = int64_t(row) * x.width + group * GROUP;
         Ints dots[M] = {}, rest[M] = {};
+        if (M > 3)  // with so much to do per line the processor alone sees too few of them coming
+            for (int line = 0; line < STRIDE; line += 64) __builtin_prefetch(block + AHEAD + line);
         for (int part = 0; part < (F == INT4 ? 4 : 8); part++) {
             const Bytes weights = load_lanes<uint8_t>(block + 64 + 64 * part);
             if (F != INT4) {
@@ -388,9 +391,6 @@ struct Scratch {
     float *scores;   // [MOST_HEADS, longest]
     int64_t longest;
 };
-
-// Bytes that keys and values are fetched ahead.
-constexpr int AHEAD = 4096;
 
 // sums[g] = products of G queries with 16 keys, one key per lane.
 template <int G>

@@ -25,7 +25,7 @@ _STEPPED = 1 + 3 / GROUP
 KV_BYTES: dict[Format, float] = {"fp32": 4, "bf16": 4, "int8": _STEPPED, "int4": _STEPPED}
 """Of a stored coordinate: bytes have a step in fp32 per 32 of a key and 64 of a value."""
 _CODES = {"fp32": FP32, "bf16": BF16, "int8": INT8_FINE, "int4": INT4}
-_ROWS = 4096  # outputs quantised at once: bounds the memory that takes
+_AT_ONCE = 1 << 19  # weights quantised at once: what comes between should stay in the cache
 _SAME = 1e-3  # of a step: weights that are no further off are those of the grid
 _FINE = 15 * 16.618
 """Steps in the range of a group that no coarser grid holds.
@@ -69,7 +69,7 @@ def pack_roughly(weight: Tensor, shares: Tensor) -> tuple[Packed, Tensor]:
     """
     padded, spread = _padded(weight), functional.pad(shares, (0, -len(shares) % GROUP))
     parts, errors = [], []
-    for rows in padded.split(_ROWS):
+    for rows in _split(padded):
         groups = rows.view(len(rows), -1, GROUP)
         low, high = groups.amin(-1), groups.amax(-1)
         step, minimum = ((high - low) / 15).half(), low.half()
@@ -94,9 +94,14 @@ def rounding(weight: Tensor, shares: Tensor) -> Tensor:
 
 def widest(weight: Tensor) -> Tensor:
     """Return the mean square of each output's largest group of weights, ``[outputs]``."""
-    parts = (_padded(rows).square() for rows in weight.split(_ROWS))
+    parts = (_padded(rows).square() for rows in _split(weight))
     means = [part.view(len(part), -1, GROUP).mean(-1).amax(-1) for part in parts]
     return torch.cat(means)[: len(weight)]
+
+
+def _split(weight: Tensor) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = weight.split(max(1, _AT_ONCE // weight.shape[1]))
+    return parts
 
 
 def _padded(weight: Tensor) -> Tensor:
@@ -129,7 +134,7 @@ def quantise(weight: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
     error. In both, weights that were de-quantised from GGUF's Q4_1 or Q8_0, and in int4 Q4_0, are
     found again without a second rounding.
     """
-    parts = [_quantised(rows, form) for rows in weight.split(_ROWS)]
+    parts = [_quantised(rows, form) for rows in _split(weight)]
     step, minimum, codes = (torch.cat(column) for column in zip(*parts, strict=True))
     return step, minimum, codes
 
