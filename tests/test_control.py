@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offramp import control
-from offramp.control import PURSE, SHARE, Control, controlled
+from offramp.control import PURSE, SHARE, Control, controlled, remembered
 from offramp.cost import speculation_ratio
 from offramp.decode import decode
 from offramp.errors import UsageError
@@ -88,6 +88,25 @@ def test_a_controlled_plan_writes_what_plain_decoding_writes() -> None:
     assert plan.lossless
     plan.check(backbone)
     assert expected == collected(execute(backbone, requests, plan.run, batch_size=2), 3)[0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "fast:llama"])
+def test_what_was_learnt_lasts_from_call_to_call(kind: str) -> None:
+    """What drafts may lose at first they lose once on a backbone, not in every answer."""
+
+    def drafted() -> int:
+        before = backbone.meter.copy()
+        requests = [Request(prompt, 12) for prompt in texts_of(backbone, [5], seed=1)]
+        list(execute(backbone, requests, plan))
+        return (backbone.meter - before).drafted
+
+    plan = Adapt(drafts=((0,), (0, 1, 2, 3, 4)))
+    backbone = opened(kind)
+    learnt = remembered(backbone, plan.drafters)
+    learnt.predicted.update(dict.fromkeys(plan.drafters, 0.5))  # worth a try
+    assert drafted() > 0
+    learnt.purse = -1e9  # lost by calls before
+    assert drafted() == 0
 
 
 def test_rounds_say_what_was_done() -> None:

@@ -15,6 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from weakref import WeakKeyDictionary
 
 from offramp.backbone import Backbone, must_halve
 from offramp.cost import speculation_ratio, worth
@@ -32,6 +33,8 @@ _SEEN = 15
 """Rounds whose median is what a round takes."""
 _AGAIN = 32
 """Rounds after which plain decoding is timed again: the machine changes, and contexts grow."""
+_KEPT: WeakKeyDictionary[Backbone, dict[object, Control]] = WeakKeyDictionary()
+"""What :func:`remembered` made, for as long as its backbone lives."""
 
 
 @dataclass
@@ -157,6 +160,15 @@ def controlled(
         for draft in drafts
     }
     return Control(tuple(drafts), predicted, clock)
+
+
+def remembered(backbone: Backbone, drafts: Sequence[Draft], *, head: float = 1.0) -> Control:
+    """Return what :func:`controlled` does, the same for every call with the same predictions.
+
+    What drafts may lose at first they lose once, not at the beginning of every answer.
+    """
+    new = controlled(backbone, drafts, head=head)
+    return _KEPT.setdefault(backbone, {}).setdefault(tuple(new.predicted.items()), new)
 
 
 def check_drafts(backbone: Backbone, drafts: Sequence[Draft]) -> None:

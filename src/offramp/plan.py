@@ -15,7 +15,7 @@ from pydantic import Field
 from offramp.backbone import Backbone, Shape
 from offramp.certificate import Certificate, check_whole, checksum
 from offramp.checks import FULL_HEAD, Check, FullHead, GateFile, Head, Refined
-from offramp.control import controlled
+from offramp.control import remembered
 from offramp.cost import check_in_heads
 from offramp.decode import Way, decode
 from offramp.errors import UsageError
@@ -166,7 +166,7 @@ def execute(
             return speculate(backbone, requests, run.drafter, head=head, batch_size=batch_size)
         case Adapt():
             head = run.head.choose(backbone, ends)
-            chooser = controlled(backbone, run.drafters, head=in_heads(run.head, backbone.shape))
+            chooser = remembered(backbone, run.drafters, head=in_heads(run.head, backbone.shape))
             return speculate(backbone, requests, chooser, head=head, batch_size=batch_size)
         case Route():
             ways = [_way(backbone, one, chosen_by) for one in run.runs]
