@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -40,7 +41,13 @@ def _contestant(name: str, samples: list[Sample], **facts: Any) -> Contestant:
 
 
 def _run(contestants: list[Contestant], rounds: int) -> Race:
-    return race(contestants, CASE, rounds, lambda: Ceiling(16.0, 1.0), lambda _name: None)
+    return race(
+        contestants,
+        CASE,
+        rounds,
+        lambda: Ceiling(16.0, {"fp32": 2.0, "int8": 8.0}),
+        lambda _name: None,
+    )
 
 
 def _rows(*turns: list[Sample], facts: list[dict[str, Any]]) -> list[Row]:
@@ -65,7 +72,7 @@ def test_everybody_has_a_turn_in_every_round() -> None:
 
     def machine() -> Ceiling:
         order.append(".")
-        return Ceiling(1, 1)
+        return Ceiling(1, {"fp32": 1, "int8": 1})
 
     ticks: list[str] = []
     contestants = [Contestant(name, turn(name), name) for name in "ABC"]
@@ -132,6 +139,16 @@ def test_medians_quartiles_and_shares() -> None:
     assert row.prefill_ceiling_share is None
     assert row.ratio_to_full is None
     assert spread([3.0]) == (3.0, (3.0, 3.0))
+
+
+@pytest.mark.parametrize(("weights", "most"), [(None, 2), ("fp32", 2), ("int8", 8), ("int4", 8)])
+def test_reading_is_held_against_products_of_its_own_weights(
+    weights: str | None, most: float
+) -> None:
+    """Bytes multiply several times as fast as floats, so a share of fp32's would exceed 1."""
+    reading = dataclasses.replace(_sample(4, 1), prefill_flops=24.0)
+    [row] = _rows([reading], facts=[{"weights": weights}])
+    assert row.prefill_ceiling_share == 24 / 4 / most
 
 
 ONE_EACH = Constants(
@@ -304,7 +321,7 @@ def test_generate_is_a_contestant(shell: Shell, checkpoint: Path) -> None:
         *("--exit", 2, "--draft", 3, "--against", "hf,hf-early-exit"),
     )
     assert record.keys() >= SHARED - {"backbone", "weights"} | {"rows"}  # those are of each row
-    assert record["machine"].keys() >= {"memory_gb_per_second", "fp32_gflops", "threads"}
+    assert record["machine"].keys() >= {"memory_gb_per_second", "int8_gflops", "threads"}
     assert len(record["plan"]) == 3
     table = {(row["batch"], row["name"]): row for row in record["rows"]}
     assert len(table) == 16

@@ -47,7 +47,7 @@ class Row:
     ceiling_share: float | None = None
     """Bytes per second of decoding, as a share of what the memory gave in the same round."""
     prefill_ceiling_share: float | None = None
-    """Operations per second of reading, as a share of an fp32 matrix product's."""
+    """Operations per second of reading, as a share of a matrix product's of such weights."""
     reference: str | None = None
     """The contestant whose tokens these should be."""
     mismatches: int | None = None
@@ -101,7 +101,8 @@ def _row(run: Race, index: int) -> Row:
             s.decode_bytes and s.decode_bytes / s.decode / c.bytes_per_second for s, c in rounds
         ),
         prefill_ceiling_share=_median(
-            s.prefill_flops and s.prefill_flops / s.prefill / c.flops_per_second for s, c in rounds
+            s.prefill_flops and s.prefill_flops / s.prefill / c.products(who.weights)
+            for s, c in rounds
         ),
         reference=reference,
         mismatches=max(wrong, default=None),

@@ -187,14 +187,21 @@ def given_case(tokenizer: object, prompts: Sequence[Prompt], tokens: int, *, raw
 
 
 def ceiling_meter() -> Callable[[], Ceiling]:
-    """Return what measures the machine: reading far more than the caches hold, and fp32 products.
+    """Return what measures the machine: reading far more than the caches hold, and products.
 
-    Both by torch with its threads, the best of three.
+    All by torch with its threads, the best of three.
     """
     big = torch.ones(max(2**28, 4 * _cache_size()) // 4)
     matrix = torch.ones(_MATRIX, _MATRIX)
+    brief, bytes_ = matrix.bfloat16(), matrix.char()
+    products = {
+        "fp32": partial(torch.mm, matrix, matrix),
+        "bf16": partial(torch.mm, brief, brief),
+        "int8": partial(torch._int_mm, bytes_, bytes_),  # torch has no public one on a CPU
+    }
     return lambda: Ceiling(
-        big.nbytes / _best(big.sum), 2 * _MATRIX**3 / _best(partial(torch.mm, matrix, matrix))
+        big.nbytes / _best(big.sum),
+        {kind: 2 * _MATRIX**3 / _best(product) for kind, product in products.items()},
     )
 
 

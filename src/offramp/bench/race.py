@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from offramp.errors import OfframpError
@@ -107,7 +107,12 @@ class Ceiling:
     """What the machine could do at one moment."""
 
     bytes_per_second: float
-    flops_per_second: float
+    operations: Mapping[str, float]
+    """Per second, in products of matrices of ``fp32``, ``bf16`` and ``int8`` numbers."""
+
+    def products(self, weights: str | None) -> float:
+        """Return operations per second for weights held so; fewer bits multiply as int8 ones."""
+        return self.operations.get(weights or "fp32", self.operations["int8"])
 
 
 @dataclass

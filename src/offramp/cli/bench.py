@@ -202,7 +202,10 @@ def _ceilings(races: Sequence[Race]) -> dict[str, float]:
     measured = [ceiling for run in races for ceiling in run.ceilings]
     return {
         "memory_gb_per_second": median(c.bytes_per_second for c in measured) / 1e9,
-        "fp32_gflops": median(c.flops_per_second for c in measured) / 1e9,
+        **{
+            f"{kind}_gflops": median(c.operations[kind] for c in measured) / 1e9
+            for kind in measured[0].operations
+        },
     }
 
 
@@ -219,13 +222,19 @@ def _show(rows: Sequence[Row], ceilings: dict[str, float]) -> None:
         these = list(group)
         shown = [_cells(row) for row in these if not row.reason]
         title = f"batch {batch}, context {context}"
-        table(title, (*head, "of memory", "mismatches"), shown, console)
+        table(title, (*head, "of memory", "of products", "mismatches"), shown, console)
         for row in these:
             if row.reason:
                 console.print(f"{row.name}: not timed: {row.reason}", markup=False)
+    ends = "_gflops"
+    products = [
+        f"{ceiling:.0f} in {kind.removesuffix(ends)}"
+        for kind, ceiling in ceilings.items()
+        if kind.endswith(ends)
+    ]
     console.print(
-        f"The machine: {ceilings['memory_gb_per_second']:.1f} GB/s read from memory, "
-        f"{ceilings['fp32_gflops']:.0f} GFLOP/s in fp32."
+        f"The machine: {ceilings['memory_gb_per_second']:.1f} GB/s read from memory; billions of "
+        f"operations per second in matrix products: {', '.join(products)}."
     )
     for name, note in {row.name: row.note for row in rows if row.note}.items():
         console.print(f"{name}: {note}.", markup=False)
@@ -241,7 +250,10 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{low:.0f}-{high:.0f}",
         "-" if row.ratio_to_full is None else f"{row.ratio_to_full:.2f}",
         "-" if row.predicted_ratio is None else f"{row.predicted_ratio:.2f}",
-        "-" if row.ceiling_share is None else f"{row.ceiling_share:.0%}",
+        *(
+            "-" if share is None else f"{share:.0%}"
+            for share in (row.ceiling_share, row.prefill_ceiling_share)
+        ),
         wrong if row.lossless else f"n/a (lossy), {wrong}",
     )
 
