@@ -119,20 +119,20 @@ def bench(record: dict[str, Any]) -> str:
 
 def clock(record: dict[str, Any]) -> str:
     """Return the table of single steps in turns, and what the cost model said."""
-    lines = ["| what | measured (quartiles) | predicted |", "|---|---:|---:|"]
-    for name, row in record["figures"].items():
-        said = "" if row["predicted"] is None else f"{row['predicted']:.2f}"
-        lines.append(
-            f"| {name} | {row['median']:.2f} ({row['low']:.2f}-{row['high']:.2f}) | {said} |"
-        )
-    lines += ["", "| an exit that nobody takes | median (95% interval of it) |", "|---|---:|"]
-    lines += [
-        f"| {name} | {row['median']:.2f} ({row['low']:.2f} to {row['high']:.2f}) |"
-        for name, row in record["checks"].items()
-    ]
+    lines = []
+    for title, spread, rows in (
+        ("what", "measured (quartiles)", record["figures"]),
+        ("an exit that nobody takes", "median (95% interval of it)", record["checks"]),
+    ):
+        lines += [f"| {title} | {spread} | predicted |", "|---|---:|---:|"]
+        for name, row in rows.items():
+            said = "" if row["predicted"] is None else f"{row['predicted']:.2f}"
+            edges = f"{row['low']:.2f} to {row['high']:.2f}"
+            lines.append(f"| {name} | {row['median']:.2f} ({edges}) | {said} |")
+        lines.append("")
     agreement = ", ".join(f"{form} {share:.1%}" for form, share in record["agreement"].items())
     return "\n".join(lines) + (
-        f"\n\n{record['model']}, {record['weights']}, {record['machine']['threads']} threads, "
+        f"\n{record['model']}, {record['weights']}, {record['machine']['threads']} threads, "
         f"{record['rounds']} rounds, {record['pairs']} for exits. Greedy choices equal to the "
         "generic backbone's in fp32, "
         f"teacher-forced on 1,024 tokens: {agreement}. Second start of the process to its first "

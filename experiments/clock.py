@@ -110,7 +110,7 @@ def main() -> None:
         ceilings = _race(list(contestants.values()), stand, options.rounds)
         known = stand.constants()
     figures = _figures(contestants, backbone, ceilings, known)
-    checks = _checks(backbone, prompt)
+    checks = _checks(backbone, prompt, known)
     for name, figure in {**figures, **checks}.items():
         print(f"{name:62} {figure}")
     finish(
@@ -184,14 +184,18 @@ def _never(backbone: Backbone, ids: list[int]) -> list[tuple[str, Check, Policy]
     ]
 
 
-def _checks(backbone: Backbone, ids: list[int]) -> dict[str, dict[str, float | None]]:
+def _checks(
+    backbone: Backbone, ids: list[int], known: Constants
+) -> dict[str, dict[str, float | None]]:
     """Return what one exit that nobody takes adds to a step, in layers, each with its interval."""
     texts = [Text(ids[:256], backbone.open())]
     step(backbone, texts)
     first = Contestant("first", backbone, texts, options={"layers": range(EXIT)})
     without = Contestant("without", backbone, texts)
     asked = [
-        Contestant(name, backbone, texts, options={"policy": policy, "look": check.look(backbone)})
+        Contestant(
+            name, backbone, texts, 1, {"policy": policy, "look": check.look(backbone)}, check
+        )
         for name, check, policy in _never(backbone, ids)
     ]
     order, draw = [first, without, *asked], random.Random(0)
@@ -200,19 +204,24 @@ def _checks(backbone: Backbone, ids: list[int]) -> dict[str, dict[str, float | N
             one.seconds.append(one.look())
     depth, full = backbone.shape.num_layers - EXIT, np.array(without.seconds)
     layer = (full - np.array(first.seconds)) / depth
+    expected = without.predicted(known), without.predicted(known) - first.predicted(known)
     return {
-        f"one check {one.name}, in layers": _paired(np.array(one.seconds) - full, layer)
+        f"one check {one.name}, in layers": _paired(
+            np.array(one.seconds) - full,
+            layer,
+            (one.predicted(known) - expected[0]) / (expected[1] / depth),
+        )
         for one in asked
     }
 
 
-def _paired(added: np.ndarray, layer: np.ndarray) -> dict[str, float | None]:
+def _paired(added: np.ndarray, layer: np.ndarray, predicted: float) -> dict[str, float | None]:
     """Return the ratio of the medians, and the 95% interval of it over resampled rounds."""
     chosen = np.random.default_rng(0).integers(len(added), size=(RESAMPLES, len(added)))
     drawn = np.median(added[chosen], 1) / np.median(layer[chosen], 1)
     low, high = np.quantile(drawn, (0.025, 0.975)).tolist()
     middle = float(np.median(added) / np.median(layer))
-    return {"median": middle, "low": low, "high": high, "predicted": None}
+    return {"median": middle, "low": low, "high": high, "predicted": predicted}
 
 
 def _race(contestants: Sequence[Contestant], stand: Stand, rounds: int) -> list[float]:
