@@ -131,32 +131,37 @@ def policies(record: dict[str, Any]) -> str:
     )
 
 
+LIKENESS = ("similarity_to_full", "rouge_l_to_full", "chrf_to_full", "token_agreement")
+
+
 def evaluated(record: dict[str, Any]) -> str:
     """Return what a plan saves on each task, and how near its answers are to full depth's."""
     lines = [
-        "| task | items | meaning | ROUGE-L | loss of the answer (full depth's own) | tokens "
-        "| operations saved | time per token (quartiles) |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| task | items | meaning | ROUGE-L | chrF | the same token | loss of the answer (full "
+        "depth's own) | tokens | operations saved | time per token (quartiles) |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for task in record["tasks"]:
         scores = {row["score"]: row for row in task["scores"]}
-        like, words = (
+        like = " | ".join(
             f"{row['plan']['mean']:.2f} ({row['plan']['low']:.2f}-{row['plan']['high']:.2f})"
-            for row in (scores["similarity_to_full"], scores["rouge_l_to_full"])
+            for row in (scores[name] for name in LIKENESS)
         )
         loss, took = scores["loss_of_answer"], task["time_per_token_ratio"]
         tokens = task["tokens"]["plan"] / task["tokens"]["full"]
         lines.append(
-            f"| {task['task']} | {task['items']} | {like} | {words} "
+            f"| {task['task']} | {task['items']} | {like} "
             f"| {loss['plan']['mean']:.2f} ({loss['full']['mean']:.2f}) | {tokens:.2f} "
             f"| {task['flops_saved']:.1%} | {took['median']:.2f} ({took['low']:.2f}-"
             f"{took['high']:.2f}) |"
         )
     machine = record["machine"]
+    asked = "No judge was asked." if record["judge"] is None else "A judge was asked, too."
     return "\n".join(lines) + (
         f"\n\n{record['model']}, {record['weights']}, the certified plan; answers of up to "
         f"{record['max_new_tokens']} tokens, one by one, {machine['threads']} threads of "
-        f"{machine['processor']}; meaning is the cosine by MiniLM, 95% intervals over items. "
+        f"{machine['processor']}; meaning is the cosine by MiniLM; all likeness is to full "
+        f"depth's answer, with 95% intervals over items. {asked} "
         f"Written by `{record['command']}`."
     )
 

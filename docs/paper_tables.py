@@ -54,10 +54,7 @@ def lite(record: dict[str, Any]) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for point in record["points"]:
-        # The sets one by one for the paper's own setting; all together for the others.
-        names = list(point["sets"]) if point is record["points"][0] else ["all"]
-        for name in names:
-            row = point["sets"][name]
+        for name, row in point["sets"].items():
             took = point["clock"]["tokens"]
             time = f"{took['median']:.2f} ({took['low']:.2f}-{took['high']:.2f})"
             lines.append(
