@@ -12,6 +12,7 @@ from typing import Any
 
 import adainfer
 import adainfer_figures
+import claims_table
 import compare
 import deciding_tables
 import oracle
@@ -197,3 +198,29 @@ def test_what_no_classifier_could_be_fitted_for_is_said() -> None:
             row["refused"] = "why (this)"
     rows = {row["what"] for row in adainfer_figures.comparison(none)}
     assert "layers saved on average, SVM fitted on its own task" not in rows
+
+
+def test_the_readmes_words_follow_the_figures() -> None:
+    """Better figures turn worse into better, paper by paper."""
+    records = [deepcopy(RECORDS[name]) for name in claims_table.SHOWN]
+    lines = claims_table.claims(*records).splitlines()
+    assert len(lines) == 2 + 4
+    by = dict(zip(claims_table.SHOWN, records, strict=True))
+    by["lite_tuned"]["points"][0]["sets"]["all"]["operations_saved"] = 0.5
+    for row in by["adainfer_tuned"]["means"]:
+        row["layers_saved"] = 0.2
+    for row in by["skip_exit"]["rows"]:
+        row["agreement"] = 0.1 if row["arm"] == "exit" else 0.9
+    for row in by["skip_gates"]["rows"]:
+        row["loss"] = 1.0 if row["arm"].startswith("gates") else 2.0
+    by["oracle"]["arms"][0] |= {"smallest": 6.0, "gain": 0.3}
+    for point in by["sorted"]["points"]:
+        point["clock"]["tokens"]["median"] = 0.5
+    lite, ada, selection, whole = claims_table.claims(*records).splitlines()[2:]
+    assert "50% fewer operations" in lite
+    assert "| No worse; " in lite
+    assert "| No worse. " in ada
+    assert "better than an exit by tokens" in selection
+    assert "Gates pay. The oracle: no worse, and it gains more than chance" in selection
+    assert "drafts: no worse" in whole
+    assert "confidence: no worse" in whole
