@@ -4,25 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
+from paper_tables import compared, deviations
+
 
 def oracle(record: dict[str, Any]) -> str:
     """Return what a depth per text could gain, what is noise, and what a router recovers."""
     lines = [
-        "| text, score | layers | fixed | oracle | held-out | null | route | recovered (95%) |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| text, score | layers | fixed | weak oracle | oracle | held-out | null | route "
+        "| recovered (95%) |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     ends = []
     for arm in record["arms"]:
         name = f"{arm['text']}, {arm['score']}"
         for row in arm["rows"][::2]:
-            cells = (row["fixed"], row["oracle"], row["held_out"], row["null"], row["route"])
+            upto = sum(cost <= row["budget"] for cost in arm["costs"])
+            cells = (
+                *(row["fixed"], arm["weak"][upto - 1], row["oracle"]),
+                *(row["held_out"], row["null"], row["route"]),
+            )
             shown = ["" if cell is None else f"{cell:.3f}" for cell in cells]
             lines.append(
                 f"| {name} | {row['budget']:g} | {' | '.join(shown)} | {_recovered(row)} |"
             )
         low, high = arm["smallest_interval"]
         half = arm["smallest_held_out"]
-        null = "" if arm["null_gain"] is None else f", {arm['null_gain']:.3f} by seed alone"
+        null = (
+            "; no null: whatever tokens are drawn, the full model agrees with itself on each"
+            if arm["null_gain"] is None
+            else f", {arm['null_gain']:.3f} by seed alone"
+        )
         ends.append(
             f"- {name}: {arm['texts']} texts, full model {arm['full']:.3f}; the oracle equals it "
             f"at {arm['smallest']:.1f} layers ({low:.1f} to {high:.1f}), held out "
@@ -43,38 +54,11 @@ def _recovered(row: dict[str, Any]) -> str:
     return f"{row['recovered']:.0%} ({low:.0%} to {high:.0%})"
 
 
-def adainfer(record: dict[str, Any]) -> str:
-    """Return what each classifier saves on average over the tasks, with and without its looks."""
-    lines = [
-        "| classifier | fitted on | looks through | tasks | accuracy (full depth) | mean depth "
-        "| layers saved | operations | without looking |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {row['kind']} | {row['scope']} | {row['check']} | {row['tasks']} "
-        f"| {row['accuracy']:.3f} ({row['full_accuracy']:.3f}) | {row['mean_depth']:.1f} "
-        f"| {row['layers_saved']:.1%} | {row['flops_ratio']:.2f} "
-        f"| {row['flops_ratio_without_checks']:.2f} |"
-        for row in record["means"]
-    ]
-    run = "; ".join(
-        f"{row['check']}: the loop's depths are the replay's on {row['same_depths']:.0%} of items, "
-        f"operations {row['flops_ratio']:.2f}, time {row['seconds_ratio']:.2f} of full depth"
-        for row in record["measured"]
-    )
-    tasks = ", ".join(
-        f"{name} {facts['texts']} ({facts['full_accuracy']:.0%})"
-        for name, facts in record["tasks"].items()
-    )
-    return "\n".join(lines) + (
-        f"\n\n{record['model']}, operations of the whole prompt against full depth. Items, and "
-        f"full accuracy: {tasks}. On the clock, SST-2: {run}. Written by `{record['command']}`."
-    )
-
-
 def skip_exit(record: dict[str, Any]) -> str:
     """Return what skipping and exiting do at equal numbers of layers."""
     lines = [
+        *compared(record),
+        "",
         "| layers | arm | loss | agreement | KL | cosine | cosine, norm on one side |",
         "|---:|---|---:|---:|---:|---:|---:|",
     ]
@@ -86,7 +70,8 @@ def skip_exit(record: dict[str, Any]) -> str:
     ]
     return "\n".join(lines) + (
         f"\n\n{record['model']}, {record['tokens']} tokens of {record['data']}, teacher-forced; "
-        f"greedy paths were searched on {record['tokens_searched']} others. Written by "
+        f"greedy paths were searched on {record['tokens_searched']} others. "
+        f"{deviations(record)} Written by "
         f"`{record['command']}`."
     )
 
@@ -146,32 +131,37 @@ def policies(record: dict[str, Any]) -> str:
     )
 
 
+LIKENESS = ("similarity_to_full", "rouge_l_to_full", "chrf_to_full", "token_agreement")
+
+
 def evaluated(record: dict[str, Any]) -> str:
     """Return what a plan saves on each task, and how near its answers are to full depth's."""
     lines = [
-        "| task | items | meaning | ROUGE-L | loss of the answer (full depth's own) | tokens "
-        "| operations saved | time per token (quartiles) |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| task | items | meaning | ROUGE-L | chrF | the same token | loss of the answer (full "
+        "depth's own) | tokens | operations saved | time per token (quartiles) |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for task in record["tasks"]:
         scores = {row["score"]: row for row in task["scores"]}
-        like, words = (
+        like = " | ".join(
             f"{row['plan']['mean']:.2f} ({row['plan']['low']:.2f}-{row['plan']['high']:.2f})"
-            for row in (scores["similarity_to_full"], scores["rouge_l_to_full"])
+            for row in (scores[name] for name in LIKENESS)
         )
         loss, took = scores["loss_of_answer"], task["time_per_token_ratio"]
         tokens = task["tokens"]["plan"] / task["tokens"]["full"]
         lines.append(
-            f"| {task['task']} | {task['items']} | {like} | {words} "
+            f"| {task['task']} | {task['items']} | {like} "
             f"| {loss['plan']['mean']:.2f} ({loss['full']['mean']:.2f}) | {tokens:.2f} "
             f"| {task['flops_saved']:.1%} | {took['median']:.2f} ({took['low']:.2f}-"
             f"{took['high']:.2f}) |"
         )
     machine = record["machine"]
+    asked = "No judge was asked." if record["judge"] is None else "A judge was asked, too."
     return "\n".join(lines) + (
         f"\n\n{record['model']}, {record['weights']}, the certified plan; answers of up to "
         f"{record['max_new_tokens']} tokens, one by one, {machine['threads']} threads of "
-        f"{machine['processor']}; meaning is the cosine by MiniLM, 95% intervals over items. "
+        f"{machine['processor']}; meaning is the cosine by MiniLM; all likeness is to full "
+        f"depth's answer, with 95% intervals over items. {asked} "
         f"Written by `{record['command']}`."
     )
 
@@ -253,6 +243,8 @@ def race(record: dict[str, Any]) -> str:
 def skip_gates(record: dict[str, Any]) -> str:
     """Return gates that skip layers beside a fixed input and chosen paths."""
     lines = [
+        *compared(record),
+        "",
         "| arm | alpha | layers of a token (spread) | loss, nats | right | operations |",
         "|---|---:|---:|---:|---:|---:|",
     ]
@@ -264,6 +256,7 @@ def skip_gates(record: dict[str, Any]) -> str:
     ]
     return "\n".join(lines) + (
         f"\n\n{record['model']}, {record['tuned_on']:,} tokens of tuning each, {record['texts']} "
-        f"held-out rows, {record['tokens']} tokens; operations of whole texts. Written by "
+        f"held-out rows, {record['tokens']} tokens; operations of whole texts. "
+        f"{deviations(record)} Written by "
         f"`{record['command']}`."
     )
