@@ -4,11 +4,14 @@ r"""Do certificates hold on a real trace? Counts violations for every risk and b
         --trace smol.safetensors --out results/certificates.json
     PYTHONPATH=. python experiments/certificates.py stories --trace stories.safetensors \
         --out results/certificates_stories.json
+    python experiments/certificates.py labels --model runs/ag --prompts test.jsonl \
+        --trace labels.safetensors --out results/certificates_labels.json
 
 The model writes greedily, and one pass over that text is the trace: the default model with the exit
 that is shipped, on the 512 shortest prompts, or the 260K-parameter story model on 640 first
-sentences. TRACE is where it is kept (with what it took, as JSON beside it); a second run begins
-with it. Then:
+sentences. Or the text is given: rows of a prompt and its label (of experiments/narrow_data.py),
+read by a model tuned for them, whose prompts may leave; there *error* is a wrong label. TRACE is
+where it is kept (with what it took, as JSON beside it); a second run begins with it. Then:
 
 * the 200 draws of ``offramp calibrate --verify``, for every risk and bound;
 * the same with broken bounds: the mean taken at its word, or less its standard error, and
@@ -31,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from command import command
+from narrow_data import read_rows
 from tqdm import tqdm
 
 import offramp
@@ -49,9 +53,9 @@ from offramp.calibrate.run import (
 from offramp.calibrate.settings import Price, pricing
 from offramp.calibrate.texts import counted
 from offramp.calibrate.verify import verify
-from offramp.checks import Shortlist
+from offramp.checks import Shortlist, Tokens
 from offramp.cli.output import environment, finish
-from offramp.cli.tracing import traced
+from offramp.cli.tracing import Texts, traced
 from offramp.fast.open import open_fast
 from offramp.files import write_text
 from offramp.hf.open import open_model
@@ -71,6 +75,8 @@ class Subject:
     prompts: list[list[int]]
     way: Way
     alphas: dict[str, float]
+    labels: list[int] | None = None
+    """The right token after each prompt, where the model is not to write its own."""
 
 
 def smol(args: argparse.Namespace) -> Subject:
@@ -106,6 +112,23 @@ def stories(args: argparse.Namespace) -> Subject:
     )
 
 
+def labels(args: argparse.Namespace) -> Subject:
+    """Return a tuned model on rows of a prompt and a label, all of whose tokens may leave."""
+    model = offramp.load(args.model, backbone="fast", weights="int8")
+    assert model.card is not None, "a model tuned with offramp has exits"
+    rows = read_rows(args.prompts)
+    right = [encode(model.tokenizer, row["completion"], raw=True)[0] for row in rows]
+    among = Tokens(tokens=tuple(sorted(set(right))))
+    last = model.backbone.shape.num_layers
+    return Subject(
+        model,
+        [encode(model.tokenizer, row["prompt"], raw=True) for row in rows],
+        Way((*model.card.exits, last), check=among, head=among, exit_prompt=True),
+        {"disagreement": 0.05, "error": 0.15},
+        right,
+    )
+
+
 def plug_in(losses: Floats, alpha: float) -> Floats:
     """Broken: takes the mean of the sample for the risk."""
     p: Floats = (losses.mean(-1) > alpha).astype(float)
@@ -124,6 +147,7 @@ def too_kind(losses: Floats, alpha: float) -> Floats:
     return p
 
 
+SUBJECTS = {"smol": smol, "stories": stories, "labels": labels}
 BROKEN = {
     "mean at its word": plug_in,
     "mean less its error": too_kind,
@@ -136,9 +160,7 @@ def recorded(subject: Subject, path: Path) -> tuple[Trace, Any]:
     kept = path.with_suffix(".json")
     if not path.is_file():
         start = time.perf_counter()
-        asked = [(ids, _TOKENS) for ids in subject.prompts]
-        full = Exit(signal="max_prob", thresholds={})
-        texts = write(subject.model.backbone, asked, full, eos=subject.model.eos, batch_size=16)
+        texts = written(subject)
         middle = time.perf_counter()
         way = subject.way
         traced(subject.model, texts, way.exits, check=way.check, head=way.head).save(path)
@@ -148,8 +170,18 @@ def recorded(subject: Subject, path: Path) -> tuple[Trace, Any]:
     return counted(load_trace(path)), json.loads(kept.read_text(encoding="utf-8"))
 
 
+def written(subject: Subject) -> Texts:
+    """Return each prompt and what follows it, its label or the model's own answer."""
+    if subject.labels is not None:
+        pairs = zip(subject.prompts, subject.labels, strict=True)
+        return [([*ids, label], len(ids)) for ids, label in pairs]
+    asked = [(ids, _TOKENS) for ids in subject.prompts]
+    full = Exit(signal="max_prob", thresholds={})
+    return write(subject.model.backbone, asked, full, eos=subject.model.eos, batch_size=16)
+
+
 def rows(
-    replays: Replays, alphas: dict[str, float], price: Price, repeats: int
+    replays: Replays, alphas: dict[str, float], price: Price, repeats: int, *, given: bool
 ) -> list[dict[str, Any]]:
     """Return a row for each risk and bound; the broken bounds last."""
     tries: list[tuple[str, Goal, PValue | None]] = [
@@ -162,7 +194,7 @@ def rows(
         (name, Goal(risk, alpha, DELTA), bound)
         for risk, alpha in alphas.items()
         for name, bound in BROKEN.items()
-        if risk != "error"  # on the model's own text that is divergence
+        if given or risk != "error"  # on the model's own text that is divergence
     ]
     bar = tqdm(range(repeats), desc="verify")
     asked = [(goal, bound) for _, goal, bound in tries]
@@ -200,7 +232,7 @@ def certified(trace: Trace, way: Way, price: Price) -> tuple[Calibration | None,
 
 def drifted(subject: Subject, trace: Trace, found: Calibration | None) -> dict[str, Any] | None:
     """Return what the certified policy's own text loses, beside the full model's text."""
-    if found is None:
+    if found is None or subject.labels is not None:
         return None
     held = found.parts.held_out
     full = found.replays.losses[found.goal.risk][found.found.setting][held]
@@ -218,13 +250,14 @@ def drifted(subject: Subject, trace: Trace, found: Calibration | None) -> dict[s
 def main() -> None:
     """Record, or read; verify; write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("subject", choices=["smol", "stories"])
+    parser.add_argument("subject", choices=list(SUBJECTS))
     parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--model", help="of labels: a folder tuned for them")
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    subject = smol(args) if args.subject == "smol" else stories(args)
+    subject = SUBJECTS[args.subject](args)
     model, way = subject.model, subject.way
     trace, took = recorded(subject, args.trace)
     price = pricing(model.backbone.shape, way.check, trace, None, way.head)
@@ -248,7 +281,9 @@ def main() -> None:
         "calibration": one,
         "share_of_pass": one["seconds"] / took["pass_seconds"],
         "drift": drifted(subject, trace, found),
-        "rows": rows(replays, subject.alphas, price, args.repeats),
+        "rows": rows(
+            replays, subject.alphas, price, args.repeats, given=subject.labels is not None
+        ),
     }
     finish(record, as_json=False, out=args.out)
 

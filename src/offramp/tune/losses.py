@@ -19,6 +19,9 @@ Reader = Callable[[Tensor], Tensor]
 
 CHUNK = 512
 """Rows whose logits exist at once."""
+_STEP = 64
+"""Logits have a multiple of so many rows: what one step frees fits the next one's. Arrays of ever
+other sizes leave holes, 50 MB a step on the default model, until memory is full."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,8 +149,14 @@ def _taught(work: _Work, part: slice) -> tuple[_Said, Tensor] | None:
         return None
     states, read = work.teacher
     with torch.no_grad():
-        said = _said(read(states[part].detach()))
+        said = _said(read(_filled(states[part].detach(), work.chunk)))
     return said, said.cross_entropy(said)
+
+
+def _filled(rows: Tensor, chunk: int) -> Tensor:
+    """Return ``[n, ...]`` with rows of zeros after it, so that there are few sizes."""
+    empty = -len(rows) % min(_STEP, chunk)
+    return torch.cat([rows, rows.new_zeros(empty, *rows.shape[1:])]) if empty else rows
 
 
 def _accumulate(
@@ -160,25 +169,27 @@ def _accumulate(
 ) -> Tensor:
     """Add one chunk's gradients of one term, and return its weighted loss."""
     with torch.enable_grad():
-        rows = term.rows[part].detach().requires_grad_()
+        rows = _filled(term.rows[part].detach(), work.chunk).requires_grad_()
         logits = term.read(rows)
-    labels = work.labels[part, None]
+    count = len(work.labels[part])
+    labels = _filled(work.labels[part, None], work.chunk)
     said = _said(logits)
-    hard = (said.scale - said.raised.gather(1, labels)).sum()
+    hard = (said.scale - said.raised.gather(1, labels))[:count].sum()
     soft = hard.new_zeros(())
     slope = said.likely.mul_(term.hard + term.soft)  # d loss / d logits, [n, V]
     slope.scatter_add_(1, labels, slope.new_full(labels.shape, -term.hard))
     if term.soft:
         assert taught is not None, "a soft term needs a teacher"
         teacher, entropy = taught
-        soft = (said.cross_entropy(teacher) - entropy).sum()
+        soft = (said.cross_entropy(teacher) - entropy)[:count].sum()
         slope.sub_(teacher.likely, alpha=term.soft)
+    slope[count:] = 0.0
     found = torch.autograd.grad(
         logits, [rows, *work.parameters], slope.to(logits.dtype), allow_unused=True
     )
     own, *shared = found
     if (kept := gradients[index]) is not None:
-        kept[part] = own
+        kept[part] = own[:count]
     for kept, gradient in zip(gradients[len(work.terms) :], shared, strict=True):
         if kept is not None and gradient is not None:
             kept += gradient
