@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,34 @@ def test_a_gates_own_text_replays_to_what_it_did(tiny: offramp.Model, tmp_path: 
         differs = [a != b for a, b in zip(text[first:], chosen, strict=True)]
         assert loss == pytest.approx(sum(differs) / len(differs))
     assert losses.any()
+
+
+def test_a_certificate_is_of_the_gates_it_was_made_with(
+    tiny: offramp.Model, tmp_path: Path
+) -> None:
+    """Not of what lies at their path later, be it the gates of the same model, fitted anew."""
+    path = tmp_path / "gates.safetensors"
+    texts = [(ids, 3) for ids in texts_of(tiny.backbone, [6 + i % 5 for i in range(48)])]
+    trace = record(tiny.backbone, texts, (2, 4), keep_hidden=True)
+    gates = fit_gate(trace)
+    gates.save(path)
+    way = Way((2, 4), "gate", GateFile(file=str(path)))
+    found = calibrate(trace, way, Goal("disagreement", 0.97, 0.5, "betting"), price)
+    plan = found.plan(tiny.id, weights="fp32", data={}, seed=0, measured=False)
+    assert isinstance(plan.run, Exit)
+    assert plan.run.check == GateFile(file=str(path), digest=gates.digest)
+    write_plan(tmp_path / "plan.json", plan)
+    read_plan(tmp_path / "plan.json").check(tiny.backbone)
+    for other in (fit_gate(trace, l2=3.0), replace(gates, biases=gates.biases + 0.01)):
+        other.save(path)
+        with pytest.raises(OfframpError, match="not hold the gates this plan was made with"):
+            read_plan(tmp_path / "plan.json").check(tiny.backbone)
+        with pytest.raises(OfframpError, match="not hold the gates"):
+            calibrate(trace, replace(way, check=plan.run.check), found.goal, price)
+    unnamed = plan.run.model_copy(update={"check": GateFile(file=str(path))})
+    Plan(run=unnamed).check(tiny.backbone)
+    with pytest.raises(UsageError, match="changed after it was certified"):
+        plan.model_copy(update={"run": unnamed}).check(tiny.backbone)
 
 
 def test_divergence_does_not_drift(tiny: offramp.Model, traced: Path) -> None:

@@ -565,4 +565,9 @@ def test_skip_gates_beside_adapters_are_not_lost(model: Path, rows: Path, tmp_pa
     gates = load_file(tuned.folder / "gates.safetensors")
     assert {name.partition(".")[0] for name in gates} == {"1", "2", "3", "4"}
     assert (tuned.folder / "adapter_model.safetensors").is_file()
-    assert offramp.load(str(tuned.folder)).card == tuned.card
+    opened = offramp.load(str(tuned.folder))
+    assert opened.card == tuned.card
+    plan = offramp.Plan(run=offramp.Skip(gates=str(tuned.folder / "gates.safetensors")))
+    assert opened.generate("say cat:", plan=plan, max_new_tokens=4).figures.tokens
+    with pytest.raises(UsageError, match="were trained with a model of 6 layers"):
+        offramp.load(str(model)).generate("say cat:", plan=plan)
