@@ -168,6 +168,29 @@ def test_the_policys_own_text_replays_to_what_it_did(tiny: offramp.Model, traced
         assert loss == pytest.approx(sum(differs) / len(differs))
 
 
+def test_a_loss_drifts_by_what_the_full_model_loses_on_the_policys_text(
+    tiny: offramp.Model, traced: Path
+) -> None:
+    """Its loss less that of the depths that wrote it; as certified it would be almost none."""
+    prompts = prompts_of(load_trace(traced), range(24))
+    never = Exit(signal="max_prob", thresholds={4: 1.0})
+    assert measure(tiny.backbone, prompts, np.zeros(24), never, "loss").own_text == 0
+    leaves = Exit(signal="max_prob", thresholds={2: 0.3, 4: 0.2})
+    own = write(tiny.backbone, prompts, leaves)
+    lost, reversed_ = [], []
+    for ids, first in own:
+        full = record(tiny.backbone, [(ids, first)], (2, 4))
+        increase = (full.loss[:, -1] - replay(full, leaves.policy).loss).mean().item()
+        lost.append(min(max(increase, 0.0), 1.0))
+        reversed_.append(min(max(-increase, 0.0), 1.0))
+    found = replayed_losses(tiny.backbone, own, leaves, "loss")
+    assert found.tolist() == pytest.approx(lost, abs=1e-5)
+    assert found.mean() > 0.1 > 10 * np.mean(reversed_)
+    drift = measure(tiny.backbone, prompts, np.full(24, 0.25), leaves, "loss")
+    assert (drift.n, drift.full_text) == (24, 0.25)
+    assert drift.gap == pytest.approx(np.mean(lost) - 0.25, abs=1e-5)
+
+
 def test_a_gates_own_text_replays_to_what_it_did(tiny: offramp.Model, tmp_path: Path) -> None:
     """A gate has no column in a trace: its scores are those of the states."""
     ids = [[60 + i, 70, 80 - i] for i in range(6)]
@@ -309,6 +332,10 @@ def test_the_command_line_writes_a_certified_plan(
     plain = tmp_path / "plain.json"
     write_plan(plain, Plan(run=plan.run))
     shell.refused(2, "checks a certified plan", *answer[:-1], plain, "--audit", 1)
+    in_nats = shell.json(*base, "--risk", "loss")["plan"]["certificate"]
+    assert in_nats["drift"]["full_text"] == pytest.approx(in_nats["held_out"]["risk"])
+    assert 0 < in_nats["drift"]["own_text"] <= 1
+    assert shell.json(*base, "--risk", "error")["plan"]["certificate"]["drift"] is None
     status, shown, _ = shell(*base, "--no-drift")
     assert status == 0
     assert "p-value" in shown

@@ -322,7 +322,7 @@ def _drift(model: Model, trace: Trace, found: Calibration, batch_size: int) -> D
     from offramp.calibrate.drift import measure, prompts_of
     from offramp.calibrate.risks import RISKS
 
-    if not RISKS[found.goal.risk].on_own_text:
+    if RISKS[found.goal.risk].own is None:
         return None
     held_out = found.parts.held_out
     from tqdm import tqdm
