@@ -17,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import offramp
+from offramp import timing
+from offramp.backbone import Backbone
 from offramp.calibrate.audit import audit
 from offramp.calibrate.certify import Goal
 from offramp.calibrate.drift import Monitor, measure, prompts_of, replayed_losses, write
@@ -26,10 +28,12 @@ from offramp.calibrate.texts import counted, text_hash
 from offramp.calibrate.verify import noise
 from offramp.card import CARD
 from offramp.checks import FULL_HEAD, GateFile
+from offramp.cost import check_in_layers
 from offramp.errors import OfframpError, UsageError
 from offramp.gate import fit_gate
 from offramp.plan import Plan, read_plan, sealed, write_plan
 from offramp.runs import Exit
+from offramp.timing import Constants
 from offramp.trace import load_trace, record, replay
 from tests.calibration import altered, made_up
 from tests.test_cli import Shell
@@ -38,6 +42,8 @@ from tests.tools import texts_of
 LAW = settings(max_examples=30, deadline=None)
 WAY = Way((2, 4))
 GOAL = Goal("disagreement", 0.3)
+Certified = tuple[dict[int, float], float]
+"""(thresholds, predicted cost)."""
 
 
 def price(exits: Sequence[int], shares: Sequence[float]) -> float:
@@ -49,6 +55,35 @@ def price(exits: Sequence[int], shares: Sequence[float]) -> float:
 def shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
     """The command line in this process, its output captured."""
     return Shell(capsys, monkeypatch)
+
+
+def taking(backbone: Backbone, head: float = 1.0) -> Constants:
+    """A machine whose layers take a second each, and reading weights all there is to a readout."""
+    shape = backbone.shape
+    readout = head * check_in_layers(shape)
+    return Constants(
+        layer=((1, 1.0), (64, 1.0)),
+        pair=0.0,
+        key=0.0,
+        head=((1, readout), (64, readout)),
+        fill=((1, 0.0),),
+        path=((1, 1 + readout),),
+        bare=((1, 1.0),),
+        step=0.0,
+    )
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Constants]:
+    """What was measured: time that reading weights takes, so that nothing depends on the hour."""
+    found: list[Constants] = []
+
+    def measure(backbone: Backbone, **_told: object) -> Constants:
+        found.append(taking(backbone))
+        return found[-1]
+
+    monkeypatch.setattr(timing, "measure", measure)
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -340,6 +375,48 @@ def test_the_command_line_writes_a_certified_plan(
     assert status == 0
     assert "p-value" in shown
     assert "not measured" in shown
+
+
+def test_the_command_line_minimises_time_on_this_machine(
+    shell: Shell,
+    tiny: offramp.Model,
+    checkpoint: Path,
+    traced: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own_timings: Path,
+    measured: list[Constants],
+) -> None:
+    """It is timed where nobody has done so, once; a machine that reads out at once has other plans.
+
+    The plan is the one that the library finds with these constants, and not that of fewest bytes.
+    """
+    levels = ["--alpha", 0.97, "--delta", 0.5, "--method", "betting"]
+    base = ["calibrate", checkpoint, "--trace", traced, "--backbone", "hf", *levels, "--no-drift"]
+    trace, goal = load_trace(traced), Goal("disagreement", 0.97, 0.5, "betting")
+
+    def library(constants: Constants | None) -> Certified:
+        price = pricing(tiny.backbone.shape, FULL_HEAD, trace, constants)
+        found = calibrate(trace, WAY, goal, price)
+        return found.run.thresholds, found.found.cost
+
+    def command() -> Certified:
+        plan = Plan.model_validate_json(json.dumps(shell.json(*base)["plan"]))
+        assert isinstance(plan.run, Exit)
+        assert plan.certificate is not None
+        assert plan.certificate.measured
+        return plan.run.thresholds, plan.certificate.cost
+
+    quick = taking(tiny.backbone, head=0.01)
+    assert not list(own_timings.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(timing, "measure", lambda *_args, **_told: quick)
+        assert command() == library(quick) != library(None)
+    assert command() == library(quick)  # kept
+    assert not measured
+    [file] = own_timings.iterdir()
+    file.unlink()
+    assert command() == library(taking(tiny.backbone)) != library(quick)
+    assert len(measured) == 1
 
 
 @pytest.mark.parametrize("exits", ["2,4", "4,6", "6"])

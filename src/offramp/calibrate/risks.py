@@ -41,7 +41,7 @@ def _increase(trace: Trace) -> Tensor:
 
 
 def _increase_on_own(trace: Trace) -> Tensor:
-    """Return the last layer's loss less the chosen depth's: what was written is that depth's choice.
+    """Return the last layer's loss less the chosen depth's, which wrote the text.
 
     A writer always thinks well of its text, so on either text it is the reader's loss that is
     taken, less the writer's.

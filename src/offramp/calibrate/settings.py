@@ -45,7 +45,7 @@ def pricing(
     constants: Constants | None,
     head: Head = FULL_HEAD,
 ) -> Price:
-    """Return what predicts the cost of leaving: time where it was measured, else weights read."""
+    """Return what predicts the cost of leaving: time by constants, without them weights read."""
     asking, choosing = reading(check, head, shape)
     context = sum(trace.lengths) // len(trace.lengths)
 
