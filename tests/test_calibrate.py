@@ -26,13 +26,14 @@ from offramp.calibrate.run import Way, calibrate, verification
 from offramp.calibrate.settings import pricing
 from offramp.calibrate.texts import counted, text_hash
 from offramp.calibrate.verify import noise
-from offramp.card import CARD
+from offramp.card import CARD, Base, Card, Data, Recipe, write_card
 from offramp.checks import FULL_HEAD, GateFile
 from offramp.cost import check_in_layers
 from offramp.errors import OfframpError, UsageError
 from offramp.gate import fit_gate
 from offramp.plan import Plan, read_plan, sealed, write_plan
 from offramp.runs import Exit
+from offramp.sketch import keys, sketched
 from offramp.timing import Constants
 from offramp.trace import load_trace, record, replay
 from tests.calibration import altered, made_up
@@ -519,6 +520,50 @@ def test_text_the_model_was_tuned_on_draws_a_warning(
             *("--max-new-tokens", 3, "--alpha", 0.9, "--delta", 0.5, "--no-drift"),
         )
         assert ("WARNING: this model was tuned on prompts.txt" in said) == (known == digest)
+
+
+def test_prompts_the_model_was_tuned_on_draw_a_warning(
+    shell: Shell, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Some of them, in another order or form, or in a trace; not others, nor with an early card."""
+    asked = [f"Number {i}, please" for i in range(40)]
+    tuned, trace = tmp_path / "tuned", tmp_path / "t.safetensors"
+    shutil.copytree(checkpoint, tuned)
+
+    def write_the_card(prompts: str | None) -> None:
+        fingerprint = offramp.load(str(checkpoint), backbone="hf").backbone.fingerprint
+        data = Data(files={"train.json": "0" * 64}, texts=40, tokens=1, prompts=prompts)
+        base = Base(name="tiny", fingerprint=fingerprint)
+        write_card(tuned, Card(base=base, exits=(2, 4), recipe=Recipe(name="lite"), data=data))
+
+    def said(*source: object) -> str:
+        few = ("--max-new-tokens", 3) if source[0] == "--prompts" else ()
+        loose = ("--alpha", 0.9, "--delta", 0.5, "--no-drift")
+        return shell("calibrate", tuned, "--backbone", "hf", *source, *few, *loose)[2]
+
+    def written(name: str, prompts: Sequence[str]) -> Path:
+        rows = [json.dumps({"instruction": one}) for one in prompts]
+        (tmp_path / name).write_text("\n".join(rows if name.endswith(".jsonl") else prompts))
+        return tmp_path / name
+
+    write_the_card(sketched(keys(asked)))
+    part = written("part.txt", asked[7:27])
+    shuffled = written("shuffled.txt", asked[::-1])
+    other_form = written("rows.jsonl", asked[:20])
+    mixed = written("mixed.txt", [*asked[:1], *(f"Letter {i}" for i in range(19))])
+    new = written("new.txt", [f"Letter {i}" for i in range(20)])
+    for file, found in ((part, 20), (shuffled, 40), (other_form, 20), (mixed, 1)):
+        told = found if file != mixed else 20
+        words = f"WARNING: this model was tuned on {found} of the {told} prompts that can be comp"
+        assert words in said("--prompts", file)
+        ways = (("--given",), ("--max-new-tokens", 3)) if file == mixed else (("--raw",),)
+        for way in ways:
+            shell.json("trace", tuned, "--backbone", "hf", "--prompts", file, *way, "--out", trace)
+            assert words in said("--trace", trace)
+    assert "WARNING" not in said("--prompts", new)
+    write_the_card(None)
+    assert "WARNING" not in said("--prompts", part)
+    assert "WARNING" not in said("--trace", trace)
 
 
 def test_verification_is_of_the_whole_procedure() -> None:

@@ -129,6 +129,7 @@ def calibrate(
     from offramp.cli.certificate import show
     from offramp.cli.output import environment, finish
     from offramp.plan import write_plan
+    from offramp.sketch import keys
 
     goal = Goal(risk.value, alpha, delta, method.value)
     chosen_by = parse_head(head or "full")
@@ -159,11 +160,12 @@ def calibrate(
         recorded = traced(
             loaded, texts, depths, keep_hidden=hidden, check=looked_at, head=chosen_by
         )
+        recorded = dataclasses.replace(recorded, prompts=keys(wanted))
     else:
         recorded = _read(trace, loaded)
     recorded = counted(recorded)
     data = _hashes(prompts, recorded)
-    _warn(data, loaded.card)
+    _warn(data, recorded, loaded.card)
     way = Way(exits_of(recorded, depths), signal, looked_at, chosen_by, max_waiting, exit_prompt)
     must_be_enough(len(recorded.rows), goal)
     way.scores(recorded)  # what the trace lacks is refused before the machine is timed
@@ -263,16 +265,18 @@ def _hashes(prompts: Path | None, trace: Trace) -> dict[str, str]:
     return hashes
 
 
-def _warn(data: dict[str, str], card: Card | None) -> None:
-    """Say loudly on stderr that the model was tuned on the very text it is calibrated on."""
+def _warn(data: dict[str, str], trace: Trace, card: Card | None) -> None:
+    """Say loudly on stderr that the model was tuned on text that it is calibrated on."""
     from offramp.calibrate.texts import overlaps
 
-    seen = overlaps(data, card.data.files) if card is not None and card.data is not None else []
+    if card is None or card.data is None:
+        return
+    seen = overlaps(data, trace, card.data)
     if seen:
         print(
-            f"offramp: WARNING: this model was tuned on {', '.join(seen)}, the very text it is "
-            "calibrated on: its exits know that text, so the certificate will NOT hold for other "
-            "text; calibrate on text that was kept apart",
+            f"offramp: WARNING: this model was tuned on {seen}, the very text it is calibrated on: "
+            "its exits know that text, so the certificate will NOT hold for other text; calibrate "
+            "on text that was kept apart",
             file=sys.stderr,
         )
 
