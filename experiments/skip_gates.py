@@ -157,7 +157,11 @@ def static(model: offramp.Model, layers: Iterable[int]) -> SkipGates:
     bias = torch.zeros(2)
     bias[SKIP], bias[RUN] = 1.0, -1.0
     return SkipGates(
-        SkipFacts(num_layers=shape.num_layers, gate_input="fixed"),
+        SkipFacts(
+            num_layers=shape.num_layers,
+            fingerprint=model.backbone.fingerprint,
+            gate_input="fixed",
+        ),
         {layer: torch.zeros(2, shape.hidden_size) for layer in others or [0]},
         dict.fromkeys(others or [0], bias if others else -bias),
     )

@@ -223,10 +223,12 @@ def test_labels_are_what_they_say(seed: int, texts: int) -> None:
 @given(st.permutations(range(5)))
 def test_traces_joined_and_parted_are_the_same_rows(order: list[int]) -> None:
     """In any order of texts, hidden states and all."""
-    trace = replace(toy(5), hidden=torch.randn(15, 5, 4))
+    trace = replace(toy(5), hidden=torch.randn(15, 5, 4), prompts=(9, 8, 7, 6, 5))
     again = joined([trace.part([text]) for text in order])
     whole = again.part([order.index(text) for text in range(5)])
     assert (whole.lengths, whole.rows) == (trace.lengths, trace.rows)
+    assert whole.prompts == trace.prompts
+    assert joined([trace, replace(trace, prompts=None)]).prompts is None
     for name in ("ids", "chosen", "loss", "hidden"):
         assert torch.equal(getattr(whole, name), getattr(trace, name))
     for name, values in trace.scores.items():

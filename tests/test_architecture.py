@@ -26,6 +26,7 @@ ORDER = [
         "paths",
         "records",
         "shipped",
+        "sketch",
     ),
     ("shown", "reliability"),
     ("batch", "probe", "readouts", "watch"),

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import offramp
+from offramp import timing
+from offramp.backbone import Backbone
 from offramp.calibrate.audit import audit
 from offramp.calibrate.certify import Goal
 from offramp.calibrate.drift import Monitor, measure, prompts_of, replayed_losses, write
@@ -23,12 +26,15 @@ from offramp.calibrate.run import Way, calibrate, verification
 from offramp.calibrate.settings import pricing
 from offramp.calibrate.texts import counted, text_hash
 from offramp.calibrate.verify import noise
-from offramp.card import CARD
+from offramp.card import CARD, Base, Card, Data, Recipe, write_card
 from offramp.checks import FULL_HEAD, GateFile
+from offramp.cost import check_in_layers
 from offramp.errors import OfframpError, UsageError
 from offramp.gate import fit_gate
 from offramp.plan import Plan, read_plan, sealed, write_plan
 from offramp.runs import Exit
+from offramp.sketch import keys, sketched
+from offramp.timing import Constants
 from offramp.trace import load_trace, record, replay
 from tests.calibration import altered, made_up
 from tests.test_cli import Shell
@@ -37,6 +43,8 @@ from tests.tools import texts_of
 LAW = settings(max_examples=30, deadline=None)
 WAY = Way((2, 4))
 GOAL = Goal("disagreement", 0.3)
+Certified = tuple[dict[int, float], float]
+"""(thresholds, predicted cost)."""
 
 
 def price(exits: Sequence[int], shares: Sequence[float]) -> float:
@@ -48,6 +56,35 @@ def price(exits: Sequence[int], shares: Sequence[float]) -> float:
 def shell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shell:
     """The command line in this process, its output captured."""
     return Shell(capsys, monkeypatch)
+
+
+def taking(backbone: Backbone, head: float = 1.0) -> Constants:
+    """A machine whose layers take a second each, and reading weights all there is to a readout."""
+    shape = backbone.shape
+    readout = head * check_in_layers(shape)
+    return Constants(
+        layer=((1, 1.0), (64, 1.0)),
+        pair=0.0,
+        key=0.0,
+        head=((1, readout), (64, readout)),
+        fill=((1, 0.0),),
+        path=((1, 1 + readout),),
+        bare=((1, 1.0),),
+        step=0.0,
+    )
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Constants]:
+    """What was measured: time that reading weights takes, so that nothing depends on the hour."""
+    found: list[Constants] = []
+
+    def measure(backbone: Backbone, **_told: object) -> Constants:
+        found.append(taking(backbone))
+        return found[-1]
+
+    monkeypatch.setattr(timing, "measure", measure)
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -167,6 +204,29 @@ def test_the_policys_own_text_replays_to_what_it_did(tiny: offramp.Model, traced
         assert loss == pytest.approx(sum(differs) / len(differs))
 
 
+def test_a_loss_drifts_by_what_the_full_model_loses_on_the_policys_text(
+    tiny: offramp.Model, traced: Path
+) -> None:
+    """Its loss less that of the depths that wrote it; as certified it would be almost none."""
+    prompts = prompts_of(load_trace(traced), range(24))
+    never = Exit(signal="max_prob", thresholds={4: 1.0})
+    assert measure(tiny.backbone, prompts, np.zeros(24), never, "loss").own_text == 0
+    leaves = Exit(signal="max_prob", thresholds={2: 0.3, 4: 0.2})
+    own = write(tiny.backbone, prompts, leaves)
+    lost, reversed_ = [], []
+    for ids, first in own:
+        full = record(tiny.backbone, [(ids, first)], (2, 4))
+        increase = (full.loss[:, -1] - replay(full, leaves.policy).loss).mean().item()
+        lost.append(min(max(increase, 0.0), 1.0))
+        reversed_.append(min(max(-increase, 0.0), 1.0))
+    found = replayed_losses(tiny.backbone, own, leaves, "loss")
+    assert found.tolist() == pytest.approx(lost, abs=1e-5)
+    assert found.mean() > 0.1 > 10 * np.mean(reversed_)
+    drift = measure(tiny.backbone, prompts, np.full(24, 0.25), leaves, "loss")
+    assert (drift.n, drift.full_text) == (24, 0.25)
+    assert drift.gap == pytest.approx(np.mean(lost) - 0.25, abs=1e-5)
+
+
 def test_a_gates_own_text_replays_to_what_it_did(tiny: offramp.Model, tmp_path: Path) -> None:
     """A gate has no column in a trace: its scores are those of the states."""
     ids = [[60 + i, 70, 80 - i] for i in range(6)]
@@ -181,6 +241,34 @@ def test_a_gates_own_text_replays_to_what_it_did(tiny: offramp.Model, tmp_path: 
         differs = [a != b for a, b in zip(text[first:], chosen, strict=True)]
         assert loss == pytest.approx(sum(differs) / len(differs))
     assert losses.any()
+
+
+def test_a_certificate_is_of_the_gates_it_was_made_with(
+    tiny: offramp.Model, tmp_path: Path
+) -> None:
+    """Not of what lies at their path later, be it the gates of the same model, fitted anew."""
+    path = tmp_path / "gates.safetensors"
+    texts = [(ids, 3) for ids in texts_of(tiny.backbone, [6 + i % 5 for i in range(48)])]
+    trace = record(tiny.backbone, texts, (2, 4), keep_hidden=True)
+    gates = fit_gate(trace)
+    gates.save(path)
+    way = Way((2, 4), "gate", GateFile(file=str(path)))
+    found = calibrate(trace, way, Goal("disagreement", 0.97, 0.5, "betting"), price)
+    plan = found.plan(tiny.id, weights="fp32", data={}, seed=0, measured=False)
+    assert isinstance(plan.run, Exit)
+    assert plan.run.check == GateFile(file=str(path), digest=gates.digest)
+    write_plan(tmp_path / "plan.json", plan)
+    read_plan(tmp_path / "plan.json").check(tiny.backbone)
+    for other in (fit_gate(trace, l2=3.0), replace(gates, biases=gates.biases + 0.01)):
+        other.save(path)
+        with pytest.raises(OfframpError, match="not hold the gates this plan was made with"):
+            read_plan(tmp_path / "plan.json").check(tiny.backbone)
+        with pytest.raises(OfframpError, match="not hold the gates"):
+            calibrate(trace, replace(way, check=plan.run.check), found.goal, price)
+    unnamed = plan.run.model_copy(update={"check": GateFile(file=str(path))})
+    Plan(run=unnamed).check(tiny.backbone)
+    with pytest.raises(UsageError, match="changed after it was certified"):
+        plan.model_copy(update={"run": unnamed}).check(tiny.backbone)
 
 
 def test_divergence_does_not_drift(tiny: offramp.Model, traced: Path) -> None:
@@ -280,10 +368,56 @@ def test_the_command_line_writes_a_certified_plan(
     plain = tmp_path / "plain.json"
     write_plan(plain, Plan(run=plan.run))
     shell.refused(2, "checks a certified plan", *answer[:-1], plain, "--audit", 1)
+    in_nats = shell.json(*base, "--risk", "loss")["plan"]["certificate"]
+    assert in_nats["drift"]["full_text"] == pytest.approx(in_nats["held_out"]["risk"])
+    assert 0 < in_nats["drift"]["own_text"] <= 1
+    assert shell.json(*base, "--risk", "error")["plan"]["certificate"]["drift"] is None
     status, shown, _ = shell(*base, "--no-drift")
     assert status == 0
     assert "p-value" in shown
     assert "not measured" in shown
+
+
+def test_the_command_line_minimises_time_on_this_machine(
+    shell: Shell,
+    tiny: offramp.Model,
+    checkpoint: Path,
+    traced: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own_timings: Path,
+    measured: list[Constants],
+) -> None:
+    """It is timed where nobody has done so, once; a machine that reads out at once has other plans.
+
+    The plan is the one that the library finds with these constants, and not that of fewest bytes.
+    """
+    levels = ["--alpha", 0.97, "--delta", 0.5, "--method", "betting"]
+    base = ["calibrate", checkpoint, "--trace", traced, "--backbone", "hf", *levels, "--no-drift"]
+    trace, goal = load_trace(traced), Goal("disagreement", 0.97, 0.5, "betting")
+
+    def library(constants: Constants | None) -> Certified:
+        price = pricing(tiny.backbone.shape, FULL_HEAD, trace, constants)
+        found = calibrate(trace, WAY, goal, price)
+        return found.run.thresholds, found.found.cost
+
+    def command() -> Certified:
+        plan = Plan.model_validate_json(json.dumps(shell.json(*base)["plan"]))
+        assert isinstance(plan.run, Exit)
+        assert plan.certificate is not None
+        assert plan.certificate.measured
+        return plan.run.thresholds, plan.certificate.cost
+
+    quick = taking(tiny.backbone, head=0.01)
+    assert not list(own_timings.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(timing, "measure", lambda *_args, **_told: quick)
+        assert command() == library(quick) != library(None)
+    assert command() == library(quick)  # kept
+    assert not measured
+    [file] = own_timings.iterdir()
+    file.unlink()
+    assert command() == library(taking(tiny.backbone)) != library(quick)
+    assert len(measured) == 1
 
 
 @pytest.mark.parametrize("exits", ["2,4", "4,6", "6"])
@@ -386,6 +520,50 @@ def test_text_the_model_was_tuned_on_draws_a_warning(
             *("--max-new-tokens", 3, "--alpha", 0.9, "--delta", 0.5, "--no-drift"),
         )
         assert ("WARNING: this model was tuned on prompts.txt" in said) == (known == digest)
+
+
+def test_prompts_the_model_was_tuned_on_draw_a_warning(
+    shell: Shell, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Some of them, in another order or form, or in a trace; not others, nor with an early card."""
+    asked = [f"Number {i}, please" for i in range(40)]
+    tuned, trace = tmp_path / "tuned", tmp_path / "t.safetensors"
+    shutil.copytree(checkpoint, tuned)
+
+    def write_the_card(prompts: str | None) -> None:
+        fingerprint = offramp.load(str(checkpoint), backbone="hf").backbone.fingerprint
+        data = Data(files={"train.json": "0" * 64}, texts=40, tokens=1, prompts=prompts)
+        base = Base(name="tiny", fingerprint=fingerprint)
+        write_card(tuned, Card(base=base, exits=(2, 4), recipe=Recipe(name="lite"), data=data))
+
+    def said(*source: object) -> str:
+        few = ("--max-new-tokens", 3) if source[0] == "--prompts" else ()
+        loose = ("--alpha", 0.9, "--delta", 0.5, "--no-drift")
+        return shell("calibrate", tuned, "--backbone", "hf", *source, *few, *loose)[2]
+
+    def written(name: str, prompts: Sequence[str]) -> Path:
+        rows = [json.dumps({"instruction": one}) for one in prompts]
+        (tmp_path / name).write_text("\n".join(rows if name.endswith(".jsonl") else prompts))
+        return tmp_path / name
+
+    write_the_card(sketched(keys(asked)))
+    part = written("part.txt", asked[7:27])
+    shuffled = written("shuffled.txt", asked[::-1])
+    other_form = written("rows.jsonl", asked[:20])
+    mixed = written("mixed.txt", [*asked[:1], *(f"Letter {i}" for i in range(19))])
+    new = written("new.txt", [f"Letter {i}" for i in range(20)])
+    for file, found in ((part, 20), (shuffled, 40), (other_form, 20), (mixed, 1)):
+        told = found if file != mixed else 20
+        words = f"WARNING: this model was tuned on {found} of the {told} prompts that can be comp"
+        assert words in said("--prompts", file)
+        ways = (("--given",), ("--max-new-tokens", 3)) if file == mixed else (("--raw",),)
+        for way in ways:
+            shell.json("trace", tuned, "--backbone", "hf", "--prompts", file, *way, "--out", trace)
+            assert words in said("--trace", trace)
+    assert "WARNING" not in said("--prompts", new)
+    write_the_card(None)
+    assert "WARNING" not in said("--prompts", part)
+    assert "WARNING" not in said("--trace", trace)
 
 
 def test_verification_is_of_the_whole_procedure() -> None:

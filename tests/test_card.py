@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from offramp.card import CARD, Base, Card, Data, Recipe, read_card, write_card
 from offramp.errors import OfframpError
+from offramp.sketch import sketched
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 depths = st.integers(1, 99)
@@ -25,7 +26,13 @@ cards = st.builds(
         Recipe, name=names, settings=st.dictionaries(names, st.none() | st.booleans() | names)
     ),
     data=st.none()
-    | st.builds(Data, files=st.dictionaries(names, names), texts=counts, tokens=counts),
+    | st.builds(
+        Data,
+        files=st.dictionaries(names, names),
+        texts=counts,
+        tokens=counts,
+        prompts=st.none() | st.lists(st.integers(0, 2**64 - 1)).map(sketched),
+    ),
     versions=st.dictionaries(names, names),
 )
 
@@ -36,6 +43,10 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, card:
     folder = tmp_path_factory.mktemp("card")
     write_card(folder, card)
     assert read_card(folder) == card
+    told = json.loads(json.dumps(card.told()))
+    whole = card.model_dump(mode="json")
+    assert told["data"] is None or told["data"].keys() == whole["data"].keys() - {"prompts"}
+    assert Card.model_validate_json(json.dumps(told)).model_copy(update={"data": card.data}) == card
 
 
 def test_a_folder_without_a_card_has_none(tmp_path: Path) -> None:
@@ -63,6 +74,7 @@ GOOD = {
         ("readouts", {"x": "head"}),
         ("recipe", {"name": 7}),
         ("data", {"files": {}, "texts": 1, "tokens": 1.5}),
+        ("data", {"files": {}, "texts": 1, "tokens": 1, "prompts": "half"}),
         ("module", "os"),
     ],
 )

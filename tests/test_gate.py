@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import offramp
 from offramp.decode import decode
 from offramp.errors import OfframpError, UsageError
+from offramp.files import digest_of
 from offramp.gate import Gate, GateWeights, fit_gate, load_gate
 from offramp.probe import Probe
 from offramp.trace import Trace, record, replay
@@ -148,12 +150,19 @@ def test_gates_survive_the_disk(tmp_path: Path) -> None:
 
 def _facts(gates: GateWeights) -> dict[str, Any]:
     return {
-        "format": 1,
+        "format": 2,
         "exits": list(gates.exits),
         "num_layers": gates.num_layers,
         "fingerprint": gates.fingerprint,
         "fitted_on": {},
     }
+
+
+def _header(facts: dict[str, Any], parts: dict[str, torch.Tensor]) -> dict[str, str]:
+    """What the file says, its digest as if it had been written so."""
+    said = json.dumps(facts)
+    tensors = [parts[name] for name in ("weights", "biases") if name in parts]
+    return {"offramp_gate": said, "sha256": digest_of(said, tensors)}
 
 
 WRONG: dict[str, Callable[[dict[str, Any], dict[str, torch.Tensor]], object]] = {
@@ -178,10 +187,10 @@ def test_a_file_whose_parts_do_not_go_together_is_refused(tmp_path: Path, wrong:
     gates, path = fitted("llama"), tmp_path / "g.safetensors"
     facts = _facts(gates)
     parts = {"weights": gates.weights.clone(), "biases": gates.biases.clone()}
-    save_file(parts, path, {"offramp_gate": json.dumps(facts)})
+    save_file(parts, path, _header(facts, parts))
     load_gate(path)
     WRONG[wrong](facts, parts)
-    save_file(parts, path, {"offramp_gate": json.dumps(facts)})
+    save_file(parts, path, _header(facts, parts))
     with pytest.raises(OfframpError, match="is no file of offramp gates"):
         load_gate(path)
 
@@ -199,9 +208,49 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         load_gate(path)
     gates = fitted("llama")
     parts = {"weights": gates.weights, "biases": gates.biases}
-    save_file(parts, path, {"offramp_gate": json.dumps(_facts(gates) | {"format": 2})})
-    with pytest.raises(OfframpError, match="format 2"):
+    save_file(parts, path, _header(_facts(gates) | {"format": 1}, parts))
+    with pytest.raises(OfframpError, match="format 1"):
         load_gate(path)
+
+
+CHANGED: dict[str, Callable[[dict[str, str], dict[str, torch.Tensor]], object]] = {
+    "one weight": lambda _, parts: parts["weights"][1, 0].add_(1.0),
+    "one bias": lambda _, parts: parts["biases"][3].sub_(0.5),
+    "an exit": lambda said, _: said.update(
+        offramp_gate=said["offramp_gate"].replace("[1, 2, 4, 5]", "[1, 2, 3, 5]")
+    ),
+    "the model": lambda said, _: said.update(
+        offramp_gate=said["offramp_gate"].replace('"fingerprint": "', '"fingerprint": "0')
+    ),
+    "the digest": lambda said, _: said.update(sha256="0" * 64),
+    "no digest": lambda said, _: said.pop("sha256"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_tampered_gates_are_refused(tmp_path: Path, change: str) -> None:
+    """Whatever was changed, and though what is left is a file of gates."""
+    path = tmp_path / "g.safetensors"
+    fitted("llama").save(path)
+    with safe_open(path, "pt") as file:
+        said, parts = file.metadata(), load_file(path)
+    before = dict(said), {name: tensor.clone() for name, tensor in parts.items()}
+    CHANGED[change](said, parts)
+    assert said != before[0] or any(not torch.equal(parts[n], before[1][n]) for n in parts)
+    save_file(parts, path, said)
+    with pytest.raises(OfframpError, match="was changed since it was written"):
+        load_gate(path)
+
+
+def test_gates_are_known_by_their_digest(tmp_path: Path) -> None:
+    """A plan that notes it refuses others that are as good in themselves; one without takes any."""
+    gates, path = fitted("llama"), tmp_path / "g.safetensors"
+    others = replace(gates, biases=gates.biases + 1)
+    for own, other in ((gates, others), (others, gates)):
+        own.save(path)
+        assert load_gate(path, own.digest).digest == load_gate(path).digest == own.digest
+        with pytest.raises(OfframpError, match="not hold the gates this plan was made with"):
+            load_gate(path, other.digest)
 
 
 def test_what_no_gate_can_be_fitted_on() -> None:

@@ -12,7 +12,7 @@ import pytest
 import skip_gates
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import offramp
@@ -53,7 +53,9 @@ def gates(gate_input: Input = "hidden", *, bias: float = 0.0, width: int = 0) ->
     draw = torch.Generator().manual_seed(3)
     weights = {layer: torch.randn(2, width, generator=draw) for layer in LAYERS}
     biases = {layer: torch.tensor([0.0, bias]) for layer in LAYERS}
-    return SkipGates(SkipFacts(num_layers=6, gate_input=gate_input), weights, biases)
+    own = opened("llama").fingerprint
+    facts = SkipFacts(num_layers=6, fingerprint=own, gate_input=gate_input)
+    return SkipGates(facts, weights, biases)
 
 
 @torch.no_grad()
@@ -205,7 +207,8 @@ WRONG: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
     "a layer too deep": lambda facts, _: facts.update(num_layers=4),
     "an input nobody knows": lambda facts, _: facts.update(gate_input="moon"),
     "an unknown key": lambda facts, _: facts.update(extra=1),
-    "a later format": lambda facts, _: facts.update(format=2),
+    "an earlier format": lambda facts, _: facts.update(format=1),
+    "no model": lambda facts, _: facts.pop("fingerprint"),
     "no bias": lambda _, parts: parts.pop("2.bias"),
     "one tensor more": lambda _, parts: parts.update({"2.more": torch.zeros(2)}),
     "a name that is no layer": lambda _, parts: parts.update(weight=torch.zeros(2)),
@@ -224,7 +227,7 @@ def test_gates_that_do_not_go_together_are_refused(tmp_path: Path, wrong: str) -
     with safe_open(path, "pt") as file:
         facts = json.loads(file.metadata()["offramp_skip"])
         parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(parts, path, {"offramp_skip": json.dumps(facts)})
+    save_file(parts, path, {"offramp_skip": json.dumps(facts), "sha256": gates().digest})
     load_skip_gates(path)
     WRONG[wrong](facts, parts)
     save_file(parts, path, {"offramp_skip": json.dumps(facts)})
@@ -232,17 +235,57 @@ def test_gates_that_do_not_go_together_are_refused(tmp_path: Path, wrong: str) -
         load_skip_gates(path)
 
 
+CHANGED: dict[str, Callable[[dict[str, str], dict[str, Tensor]], object]] = {
+    "one weight": lambda _, parts: parts["2.weight"][1, 0].add_(1.0),
+    "one bias": lambda _, parts: parts["4.bias"].neg_().add_(1.0),
+    "two layers in each other's place": lambda _, parts: parts.update(
+        {
+            f"{here}.{name}": parts[f"{there}.{name}"].clone()
+            for here, there in ((2, 4), (4, 2))
+            for name in ("weight", "bias")
+        }
+    ),
+    "a layer fewer": lambda _, parts: [parts.pop(f"3.{name}") for name in ("weight", "bias")],
+    "a layer's number": lambda _, parts: parts.update(
+        {f"5.{name}": parts.pop(f"4.{name}") for name in ("weight", "bias")}
+    ),
+    "the input": lambda said, _: said.update(
+        offramp_skip=said["offramp_skip"].replace("hidden", "fixed")
+    ),
+    "the model": lambda said, _: said.update(
+        offramp_skip=said["offramp_skip"].replace('"fingerprint":"', '"fingerprint":"0')
+    ),
+    "the digest": lambda said, _: said.update(sha256="0" * 64),
+    "no digest": lambda said, _: said.pop("sha256"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_tampered_skip_gates_are_refused(tmp_path: Path, change: str) -> None:
+    """Whatever was changed, and though what is left is a file of skip gates."""
+    path = tmp_path / "g.safetensors"
+    gates().save(path)
+    with safe_open(path, "pt") as file:
+        said, parts = file.metadata(), load_file(path)
+    CHANGED[change](said, parts)
+    save_file(parts, path, said)
+    with pytest.raises(OfframpError, match="was changed since it was written"):
+        load_skip_gates(path)
+
+
 def test_other_files_and_models_are_refused(tmp_path: Path) -> None:
-    """A missing file, one without facts, a model of another width or depth."""
+    """A missing file, one without facts, a model of another width, depth or fingerprint."""
     path = tmp_path / "g.safetensors"
     with pytest.raises(OfframpError, match="cannot read the skip gates"):
         load_skip_gates(path)
     save_file({"1.weight": torch.zeros(2, 3), "1.bias": torch.zeros(2)}, path)
     with pytest.raises(OfframpError, match="no file of offramp skip gates"):
         load_skip_gates(path)
+    own = gates().facts
     for other in (
         gates(width=7),
-        replace(gates(), facts=SkipFacts(num_layers=9, gate_input="hidden")),
+        replace(gates(), facts=own.model_copy(update={"num_layers": 9})),
+        replace(gates(), facts=own.model_copy(update={"fingerprint": "another"})),
     ):
         with pytest.raises(UsageError, match="skip gates were trained with"):
             next(skip(opened("llama"), [Recorder().request([5], 1)], other))

@@ -26,6 +26,7 @@ from offramp.decode import decode
 from offramp.errors import OfframpError, UsageError
 from offramp.hf.backbone import fingerprint
 from offramp.hf.tuned import load_tuned
+from offramp.sketch import keys, sketched
 from offramp.tune import answers, gradients, loop, run, state
 from offramp.tune.data import read_examples
 from offramp.tune.losses import Losses
@@ -503,6 +504,24 @@ def test_readouts_open_as_what_was_trained(
     assert drafted.figures.work != plain.generate(prompts).figures.work
 
 
+@pytest.mark.parametrize("answers", [None, "self"])
+def test_the_card_knows_every_prompt(
+    answers: str | None, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Who wrote the answers does not matter, nor do repeats; a document is known as a whole."""
+    documents = tmp_path / "documents.txt"
+    documents.write_text("Once upon a time.\n\nThere was\na cat.\n")
+    data = [str(rows)] if answers else [str(rows), str(documents)]
+    chosen = settings("gates", tokens=64, answers=answers, answer_tokens=4)
+    card = tune(str(model), data, chosen, tmp_path / "out").card
+    known = [json.loads(line)["prompt"] for line in rows.read_text().splitlines()]
+    known += [] if answers else ["Once upon a time.", "There was a cat."]
+    assert card.data is not None
+    assert card.data.prompts == sketched(keys(known))
+    assert 2 < len(set(known)) < 50
+    assert offramp.load(str(tmp_path / "out")).card == card
+
+
 def test_gates_learn_when_the_exit_is_right(model: Path, rows: Path, tmp_path: Path) -> None:
     """Their loss falls below that of not looking, and the file is a check of its model."""
     chosen = settings("gates", learning_rate=0.05, epochs=10)
@@ -565,4 +584,9 @@ def test_skip_gates_beside_adapters_are_not_lost(model: Path, rows: Path, tmp_pa
     gates = load_file(tuned.folder / "gates.safetensors")
     assert {name.partition(".")[0] for name in gates} == {"1", "2", "3", "4"}
     assert (tuned.folder / "adapter_model.safetensors").is_file()
-    assert offramp.load(str(tuned.folder)).card == tuned.card
+    opened = offramp.load(str(tuned.folder))
+    assert opened.card == tuned.card
+    plan = offramp.Plan(run=offramp.Skip(gates=str(tuned.folder / "gates.safetensors")))
+    assert opened.generate("say cat:", plan=plan, max_new_tokens=4).figures.tokens
+    with pytest.raises(UsageError, match="were trained with a model of 6 layers"):
+        offramp.load(str(model)).generate("say cat:", plan=plan)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from offramp.files import write_text
 from offramp.records import Record, read_record
+from offramp.sketch import unpacked
 
 CARD, READOUTS, GATES = "offramp.json", "readouts.safetensors", "gates.safetensors"
 
@@ -55,6 +56,15 @@ class Data(Record):
     texts: int
     tokens: int
     """Tokens seen in training, prompts included, repeats counted."""
+    prompts: str | None = None
+    """A sketch of all prompts (documents, where nothing is asked), those kept out among them, see
+    :mod:`offramp.sketch`; None where it was not made."""
+
+    @field_validator("prompts")
+    @classmethod
+    def _is_sketch(cls, prompts: str | None) -> str | None:
+        unpacked(prompts or "")
+        return prompts
 
 
 class Card(Record):
@@ -72,6 +82,10 @@ class Card(Record):
     recipe: Recipe
     data: Data | None = None
     versions: dict[str, str] = Field(default_factory=dict)
+
+    def told(self) -> dict[str, Any]:
+        """Return what it says, ready for JSON, without the sketch, which tells nobody anything."""
+        return self.model_dump(mode="json", exclude={"data": {"prompts"}})
 
 
 def read_card(folder: Path) -> Card | None:

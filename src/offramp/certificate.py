@@ -30,7 +30,8 @@ class Drift(Record):
     full_text: Mean
     """Risk on text that the full model wrote: what certificates are about."""
     own_text: Mean
-    """Risk on the text that the policy wrote, replayed under the full model."""
+    """Risk on the text that the policy wrote, replayed under the full model; for ``loss`` the nats
+    per token that the full model loses on it against the depths that wrote it."""
 
     @property
     def gap(self) -> float:

@@ -195,6 +195,8 @@ class GateFile(Record):
     kind: Literal["gate"] = "gate"
     file: str
     """Path of the gates, from the folder the program runs in."""
+    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    """That of the gates, in a certified plan: others are refused. None for whatever is there."""
 
     def __str__(self) -> str:
         return f"gate:{self.file}"

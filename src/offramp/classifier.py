@@ -9,7 +9,6 @@ are fitted is in :mod:`offramp.adainfer`.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +24,7 @@ from torch import Tensor
 from offramp.backbone import Backbone
 from offramp.errors import OfframpError, UsageError
 from offramp.features import check_features, features, looks_back
-from offramp.files import write_tensors
+from offramp.files import digest_of, write_tensors
 from offramp.probe import Probe
 from offramp.records import Record
 
@@ -102,10 +101,8 @@ class Classifier:
     @cached_property
     def digest(self) -> str:
         """Return the SHA-256 of everything it is, by which a changed file is known."""
-        found = hashlib.sha256(self.facts.model_dump_json().encode())
-        for tensor in (self.weights, self.biases, self.transitions):
-            found.update(tensor.contiguous().numpy().tobytes())
-        return found.hexdigest()
+        tensors = (self.weights, self.biases, self.transitions)
+        return digest_of(self.facts.model_dump_json(), tensors)
 
     @property
     def _name(self) -> str:

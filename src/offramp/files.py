@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,6 +110,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         OfframpError: it cannot be written.
     """
     write_whole(path, lambda beside: _saved(beside, tensors, metadata))
+
+
+def digest_of(said: str, tensors: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of what a file says of itself and of its numbers, in their order.
+
+    Kept in the file, it tells accidents and careless edits; who means to deceive can compute it
+    anew. Shapes are not in it: they follow from what the file says.
+    """
+    found = hashlib.sha256(said.encode())
+    for tensor in tensors:
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _saved(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -23,13 +23,14 @@ from torch.nn import functional
 
 from offramp.backbone import Backbone
 from offramp.errors import OfframpError, UsageError
-from offramp.files import write_tensors
+from offramp.files import digest_of, write_tensors
 from offramp.policy import check_exits
 from offramp.probe import Probe
 from offramp.trace import Trace
 from offramp.watch import Bars
 
-_FORMAT = 1
+_FORMAT = 2
+_KEY, _DIGEST = "offramp_gate", "sha256"
 _MOST_BYTES = 2**28
 _EPSILON = 1e-6
 
@@ -67,17 +68,28 @@ class GateWeights:
                 f"{self.fingerprint}, not on this one (fingerprint {backbone.fingerprint})"
             )
 
+    @cached_property
+    def facts(self) -> str:
+        """Return what a file says of them, as JSON."""
+        return json.dumps(
+            {
+                "format": _FORMAT,
+                "exits": self.exits,
+                "num_layers": self.num_layers,
+                "fingerprint": self.fingerprint,
+                "fitted_on": self.fitted_on,
+            }
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Return the SHA-256 of everything they are, by which a changed file is known."""
+        return digest_of(self.facts, (self.weights, self.biases))
+
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all, its facts as JSON in the header."""
-        facts = {
-            "format": _FORMAT,
-            "exits": self.exits,
-            "num_layers": self.num_layers,
-            "fingerprint": self.fingerprint,
-            "fitted_on": self.fitted_on,
-        }
-        tensors = {"weights": self.weights, "biases": self.biases}
-        write_tensors(path, tensors, {"offramp_gate": json.dumps(facts)})
+        tensors = {"weights": self.weights.contiguous(), "biases": self.biases.contiguous()}
+        write_tensors(path, tensors, {_KEY: self.facts, _DIGEST: self.digest})
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,17 +134,23 @@ class Gate:
         return score >= dict(self.thresholds)[probe.depth]
 
 
-def load_gate(path: Path) -> GateWeights:
+def load_gate(path: Path, digest: str | None = None) -> GateWeights:
     """Return the gates in a file.
 
+    Args:
+        path: the file.
+        digest: that of the gates, where a plan has noted it.
+
     Raises:
-        OfframpError: it cannot be read, is no file of gates, or its parts do not go together.
+        OfframpError: it cannot be read, is no file of gates, its parts do not go together, it was
+            changed since it was written, or it is not the one that the plan was made with.
     """
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError("too large")
         with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})["offramp_gate"])
+            said = file.metadata() or {}
+            facts = json.loads(said[_KEY])
             weights, biases = file.get_tensor("weights"), file.get_tensor("biases")
         if facts["format"] != _FORMAT:
             raise OfframpError(f"{path} holds gates of format {facts['format']}, not {_FORMAT}")
@@ -149,6 +167,16 @@ def load_gate(path: Path) -> GateWeights:
         raise OfframpError(f"cannot read the gates {path}: {error.strerror or error}") from error
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise OfframpError(f"{path} is no file of offramp gates") from error
+    if gates.digest != said.get(_DIGEST):
+        raise OfframpError(
+            f"{path} was changed since it was written: its digest is not that of its content; fit "
+            "the gates again"
+        )
+    if digest not in (None, gates.digest):
+        raise OfframpError(
+            f"{path} does not hold the gates this plan was made with, so its certificate says "
+            "nothing of them; calibrate again"
+        )
     return gates
 
 

@@ -80,7 +80,7 @@ class Exit(Record):
                 "thresholds need a gate, and a gate has no other signal"
             )
         if isinstance(self.check, GateFile):
-            return Gate(load_gate(FilePath(self.check.file)), thresholds)
+            return Gate(load_gate(FilePath(self.check.file), self.check.digest), thresholds)
         if self.classifier is not None:
             return Classified(load_classifier(FilePath(self.classifier)), thresholds)
         return Threshold(self.signal, thresholds)

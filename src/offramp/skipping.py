@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -24,22 +25,24 @@ from offramp.backbone import Backbone
 from offramp.batch import Flow, Span, Text
 from offramp.decode import written
 from offramp.errors import OfframpError, UsageError
-from offramp.files import write_tensors
+from offramp.files import digest_of, write_tensors
 from offramp.records import Record
 from offramp.request import Pool, Request, Token
 from offramp.step import Outcome, all_or_nothing
 
 RUN, SKIP = 0, 1
 """A gate's two scores."""
-_KEY = "offramp_skip"
+_KEY, _DIGEST = "offramp_skip", "sha256"
 _MOST_BYTES = 2**28
 
 
 class SkipFacts(Record):
     """What a file of skip gates says of itself, as JSON in its header."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     num_layers: int
+    fingerprint: str
+    """Of the model they were trained with."""
     gate_input: Literal["hidden", "fixed"]
     """What a gate sees: the state in front of its layer, or ones (the paper's ablation)."""
 
@@ -64,37 +67,48 @@ class SkipGates:
         return scores[:, RUN] >= scores[:, SKIP]
 
     def must_fit(self, backbone: Backbone) -> None:
-        """Refuse a model of another depth or width.
+        """Refuse another model than the one they were trained with.
 
         Raises:
-            UsageError: they were trained with another model.
+            UsageError: its fingerprint, its depth or its width differs.
         """
         width = next(iter(self.weights.values())).shape[1]
-        own = (self.facts.num_layers, width)
-        if own != (backbone.shape.num_layers, backbone.shape.hidden_size):
+        facts, shape = self.facts, backbone.shape
+        own = (facts.fingerprint, facts.num_layers, width)
+        if own != (backbone.fingerprint, shape.num_layers, shape.hidden_size):
             raise UsageError(
-                f"these skip gates were trained with a model of {own[0]} layers and width {width}, "
-                f"and this one has {backbone.shape.num_layers} and {backbone.shape.hidden_size}"
+                f"these skip gates were trained with a model of {facts.num_layers} layers, width "
+                f"{width} and fingerprint {facts.fingerprint}, not with this one (fingerprint "
+                f"{backbone.fingerprint}): give them the model that was tuned with them"
             )
+
+    @cached_property
+    def digest(self) -> str:
+        """Return the SHA-256 of everything they are, by which a changed file is known."""
+        layers = sorted(self.weights)
+        pairs = [tensor for i in layers for tensor in (self.weights[i], self.biases[i])]
+        return digest_of(f"{self.facts.model_dump_json()} {layers}", pairs)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all, its facts as JSON in the header."""
         tensors = {f"{layer}.weight": tensor for layer, tensor in self.weights.items()}
         tensors |= {f"{layer}.bias": tensor for layer, tensor in self.biases.items()}
-        write_tensors(path, tensors, {_KEY: self.facts.model_dump_json()})
+        write_tensors(path, tensors, {_KEY: self.facts.model_dump_json(), _DIGEST: self.digest})
 
 
 def load_skip_gates(path: Path) -> SkipGates:
     """Return the skip gates in a file.
 
     Raises:
-        OfframpError: it cannot be read, is no file of skip gates, or its parts do not go together.
+        OfframpError: it cannot be read, is no file of skip gates, its parts do not go together, or
+            it was changed since it was written.
     """
     try:
         if path.stat().st_size > _MOST_BYTES:
             raise ValueError("too large")
         with safe_open(path, "pt") as file:
-            facts = SkipFacts.model_validate_json((file.metadata() or {})[_KEY])
+            said = file.metadata() or {}
+            facts = SkipFacts.model_validate_json(said[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         layers = sorted({int(name.partition(".")[0]) for name in tensors})
         gates = SkipGates(
@@ -107,6 +121,11 @@ def load_skip_gates(path: Path) -> SkipGates:
         raise OfframpError(f"cannot read the skip gates {path}: {error.strerror}") from error
     except (SafetensorError, ValidationError, KeyError, ValueError, TypeError) as error:
         raise OfframpError(f"{path} is no file of offramp skip gates") from error
+    if gates.digest != said.get(_DIGEST):
+        raise OfframpError(
+            f"{path} was changed since it was written: its digest is not that of its content; "
+            "train the gates again"
+        )
     return gates
 
 

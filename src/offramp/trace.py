@@ -62,6 +62,8 @@ class Trace:
     """The check whose scores these are, as it calls itself: ``str(check)``."""
     head: str = "full"
     """What chooses the token of a row that leaves, likewise; losses are always the full head's."""
+    prompts: tuple[int, ...] | None = None
+    """What each text's prompt is known by (:func:`offramp.sketch.keys`), where that was noted."""
 
     @cached_property
     def agrees(self) -> Tensor:
@@ -94,6 +96,7 @@ class Trace:
             ids=torch.cat([ids[i] for i in texts]),
             lengths=tuple(self.lengths[i] for i in texts),
             rows=tuple(self.rows[i] for i in texts),
+            prompts=None if self.prompts is None else tuple(self.prompts[i] for i in texts),
             chosen=self.chosen[kept],
             loss=self.loss[kept],
             scores={name: column[kept] for name, column in self.scores.items()},
@@ -111,6 +114,7 @@ class Trace:
             "rows": self.rows,
             "check": self.check,
             "head": self.head,
+            "prompts": self.prompts,
         }
         tensors = {"ids": self.ids, "chosen": self.chosen, "loss": self.loss}
         tensors |= {f"scores.{name}": column for name, column in self.scores.items()}
@@ -131,6 +135,9 @@ def load_trace(path: Path) -> Trace:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if facts["format"] != _FORMAT:
             raise OfframpError(f"{path} is a trace of format {facts['format']}, not {_FORMAT}")
+        prompts = facts.get("prompts")
+        if prompts is not None and len(prompts) != len(facts["rows"]):
+            raise ValueError("prompts of other texts")
         return Trace(
             exits=tuple(facts["exits"]),
             num_layers=facts["num_layers"],
@@ -148,6 +155,7 @@ def load_trace(path: Path) -> Trace:
             hidden=tensors.get("hidden"),
             check=str(facts.get("check", "full")),
             head=str(facts.get("head", "full")),
+            prompts=None if prompts is None else tuple(map(int, prompts)),
         )
     except OSError as error:
         raise OfframpError(f"cannot read the trace {path}: {error.strerror or error}") from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from offramp.decode import decode
-from offramp.errors import UsageError
+from offramp.errors import OfframpError, UsageError
 from offramp.policy import Threshold
 from offramp.probe import Probe
 from offramp.signals import find, registry
@@ -137,11 +138,17 @@ def test_a_trace_survives_the_disk(tmp_path: Path) -> None:
     """What is saved is what is loaded."""
     backbone = opened("llama")
     trace = record(backbone, [(texts_of(backbone, [9])[0], 2)], EXITS, keep_hidden=True)
+    trace = replace(trace, prompts=(2**64 - 1,))
     trace.save(tmp_path / "t.safetensors")
     loaded = load_trace(tmp_path / "t.safetensors")
-    for name in ("exits", "num_layers", "fingerprint", "lengths", "rows"):
+    for name in ("exits", "num_layers", "fingerprint", "lengths", "rows", "prompts"):
         assert getattr(trace, name) == getattr(loaded, name)
     for name in ("ids", "chosen", "loss", "hidden"):
         assert torch.equal(getattr(trace, name), getattr(loaded, name))
     assert trace.scores.keys() == loaded.scores.keys()
     assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
+    replace(trace, prompts=None).save(tmp_path / "t.safetensors")
+    assert load_trace(tmp_path / "t.safetensors").prompts is None
+    replace(trace, prompts=(1, 2)).save(tmp_path / "t.safetensors")
+    with pytest.raises(OfframpError, match="is no offramp trace"):
+        load_trace(tmp_path / "t.safetensors")

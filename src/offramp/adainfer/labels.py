@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -78,6 +79,7 @@ def joined(traces: Sequence[Trace]) -> Trace:
                 )
     names = sorted(set.intersection(*(set(trace.scores) for trace in traces)))
     hidden = [trace.hidden for trace in traces if trace.hidden is not None]
+    asked = [trace.prompts for trace in traces if trace.prompts is not None]
     return replace(
         first,
         ids=torch.cat([trace.ids for trace in traces]),
@@ -87,4 +89,5 @@ def joined(traces: Sequence[Trace]) -> Trace:
         loss=torch.cat([trace.loss for trace in traces]),
         scores={name: torch.cat([trace.scores[name] for trace in traces]) for name in names},
         hidden=torch.cat(hidden) if len(hidden) == len(traces) else None,
+        prompts=tuple(chain(*asked)) if len(asked) == len(traces) else None,
     )

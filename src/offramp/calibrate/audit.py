@@ -28,7 +28,7 @@ def audited(plan: Plan, share: float) -> tuple[Exit, Certificate]:
         raise UsageError(f"--audit is a share of the answers, above 0 and up to 1, not {share}")
     if not isinstance(plan.run, Exit) or plan.certificate is None:
         raise UsageError("--audit checks a certified plan in use; make one with offramp calibrate")
-    if not RISKS[plan.certificate.risk].on_own_text:
+    if not RISKS[plan.certificate.risk].same_on_own_text:
         raise UsageError(
             f"--audit re-checks the policy's own text, and {plan.certificate.risk} is about text "
             "that was given; certify disagreement or divergence"

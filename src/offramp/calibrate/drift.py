@@ -34,15 +34,15 @@ def replayed_losses(
     risk: str,
     eos: Collection[int] = (),
 ) -> Floats:
-    """Return the loss of each text ``[S]`` under a policy: one full pass over it, and a replay.
+    """Return what a policy loses on each text ``[S]`` that it wrote: one full pass, and a replay.
 
-    On text that the policy wrote (greedily, ``kv="exact"``) the replay is what it did.
+    For greedy text and ``kv="exact"`` the replay is what the policy did.
 
     Args:
         backbone: the model.
         texts: (token ids, number of leading ones that are given); each has a counted token.
         run: the policy.
-        risk: one of :data:`offramp.calibrate.risks.RISKS`.
+        risk: one of :data:`offramp.calibrate.risks.RISKS` that says something of such text.
         eos: tokens that end a text, which a short head can choose as well.
     """
     exits, gated = run.policy.exits, isinstance(run.check, GateFile)
@@ -56,6 +56,7 @@ def replayed_losses(
         torch.tensor([[run.thresholds[depth] for depth in exits]]),
         max_waiting=run.max_waiting,
         exit_prompt=run.exit_prompt,
+        own_text=True,
     ).losses[risk][0]
     return losses
 
@@ -84,7 +85,7 @@ def measure(
         prompts: (token ids, most new tokens).
         full_text: the policy's loss on the full model's text for the same prompts, ``[S]``.
         run: the policy.
-        risk: what is compared.
+        risk: what is compared; see :func:`replayed_losses`.
         eos: tokens that end a text.
         batch_size: prompts at once.
         progress: told the number of texts that ended.

@@ -58,6 +58,7 @@ def replay_all(
     *,
     max_waiting: int = MAX_WAITING,
     exit_prompt: bool = False,
+    own_text: bool = False,
     progress: Callable[[int], object] = lambda settings: None,
 ) -> Replays:
     """Replay every setting on every sequence of a trace, ``kv="exact"``.
@@ -69,14 +70,17 @@ def replay_all(
         thresholds: ``[M, E]`` fp32, lowest scores that leave.
         max_waiting: as in :func:`offramp.decode.decode`.
         exit_prompt: likewise.
+        own_text: whether the policy wrote the texts, and not the full model; risks that say nothing
+            of such text are then left out.
         progress: told the number of settings done after every chunk.
     """
     picked = [*(trace.exits.index(depth) for depth in exits), len(trace.exits)]
-    tables = {name: risk.table(trace)[:, picked] for name, risk in RISKS.items()}
+    judged = {name: risk.own if own_text else risk.table for name, risk in RISKS.items()}
+    tables = {name: table(trace)[:, picked] for name, table in judged.items() if table is not None}
     sequence = torch.repeat_interleave(torch.tensor(trace.rows))
     rows = torch.tensor(trace.rows)
     size = max(_BUDGET // len(scores), 1)
-    losses: dict[str, list[Tensor]] = {name: [] for name in RISKS}
+    losses: dict[str, list[Tensor]] = {name: [] for name in tables}
     left = []
     for some in thresholds.split(size):
         columns = _bounded(_wanted(scores, some), exits, trace, max_waiting, exit_prompt)
@@ -87,9 +91,10 @@ def replay_all(
 
         went = [(columns == k).float() for k in range(len(picked))]
         left.append(torch.stack([per_sequence(w).T for w in went[:-1]], 1))
-        for name, risk in RISKS.items():
-            total = sum(per_sequence(w * tables[name][:, k, None]) for k, w in enumerate(went))
-            losses[name].append(risk.per_sequence(torch.as_tensor(total), rows[:, None]).T)
+        for name, table in tables.items():
+            total = sum(per_sequence(w * table[:, k, None]) for k, w in enumerate(went))
+            lost = RISKS[name].per_sequence(torch.as_tensor(total), rows[:, None])
+            losses[name].append(lost.T)
         progress(len(some))
     return Replays(
         exits,

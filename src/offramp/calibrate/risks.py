@@ -22,9 +22,14 @@ class Risk:
     """``(sum over a sequence's tokens, number of tokens) -> loss in [0, 1]``, elementwise."""
     binary: bool = False
     """Whether a loss is 0 or 1: then the binomial bound is exact."""
-    on_own_text: bool = False
-    """Whether it means something on text that the policy wrote: it is against the last layer, not
-    against the text, whose every token the policy chose."""
+    own: Callable[[Trace], Tensor] | None = None
+    """Likewise on text that the policy wrote, whose every token it chose itself; None where nothing
+    can be said of that."""
+
+    @property
+    def same_on_own_text(self) -> bool:
+        """Return whether the policy's own text is judged just as the text that was certified."""
+        return self.own is self.table
 
 
 def _disagreement(trace: Trace) -> Tensor:
@@ -33,6 +38,15 @@ def _disagreement(trace: Trace) -> Tensor:
 
 def _increase(trace: Trace) -> Tensor:
     return trace.loss - trace.loss[:, -1:]
+
+
+def _increase_on_own(trace: Trace) -> Tensor:
+    """Return the last layer's loss less the chosen depth's, which wrote the text.
+
+    A writer always thinks well of its text, so on either text it is the reader's loss that is
+    taken, less the writer's.
+    """
+    return -_increase(trace)
 
 
 def _error(trace: Trace) -> Tensor:
@@ -56,17 +70,20 @@ RISKS = {
         "share of a sequence's tokens that are not the last layer's",
         _disagreement,
         _share,
-        on_own_text=True,
+        own=_disagreement,
     ),
     "divergence": Risk(
         "share of sequences with a token that is not the last layer's",
         _disagreement,
         _any,
         binary=True,
-        on_own_text=True,
+        own=_disagreement,
     ),
     "loss": Risk(
-        "nats per token lost on the text, clipped to [0, 1] per sequence", _increase, _clipped
+        "nats per token lost on the text, clipped to [0, 1] per sequence",
+        _increase,
+        _clipped,
+        own=_increase_on_own,
     ),
     "error": Risk("share of sequences that are not the given text", _error, _any, binary=True),
 }

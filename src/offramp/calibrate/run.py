@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -36,6 +37,7 @@ from offramp.certificate import Certificate, Drift, HeldOut
 from offramp.checks import FULL_HEAD, Check, GateFile, Head
 from offramp.decode import MAX_WAITING
 from offramp.errors import UsageError
+from offramp.gate import load_gate
 from offramp.plan import ModelId, Plan, sealed
 from offramp.runs import Exit
 from offramp.signals import find
@@ -67,6 +69,13 @@ class Way:
         """
         trace.must_choose_by(self.head)
         return seen(trace, self.signal, self.exits, self.check)
+
+
+def _named(check: Check) -> Check:
+    """Return the check as a certificate can stand for it: gates by their digest, not by a path."""
+    if not isinstance(check, GateFile):
+        return check
+    return check.model_copy(update={"digest": load_gate(Path(check.file), check.digest).digest})
 
 
 def exits_of(trace: Trace, asked: Sequence[int] | None) -> tuple[int, ...]:
@@ -160,6 +169,7 @@ def calibrate(
     trace = counted(trace)
     count = len(trace.rows)
     must_be_enough(count, goal)
+    way = replace(way, check=_named(way.check))
     parts = split(count, seed)
     tried, settings = candidates(trace, way, goal.risk, price, order=parts.order)
     replays = replay_settings(trace, way, settings, progress)

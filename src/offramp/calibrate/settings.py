@@ -45,7 +45,7 @@ def pricing(
     constants: Constants | None,
     head: Head = FULL_HEAD,
 ) -> Price:
-    """Return what predicts the cost of leaving: time where it was measured, else weights read."""
+    """Return what predicts the cost of leaving: time by constants, without them weights read."""
     asking, choosing = reading(check, head, shape)
     context = sum(trace.lengths) // len(trace.lengths)
 
@@ -113,7 +113,7 @@ def scores_at(trace: Trace, signal: str, exits: Sequence[int], check: Check) -> 
 
 
 def _gated(trace: Trace, columns: list[int], check: GateFile) -> Tensor:
-    gates = load_gate(Path(check.file))
+    gates = load_gate(Path(check.file), check.digest)
     depths = [trace.exits[column] for column in columns]
     unknown = [depth for depth in depths if depth not in gates.exits]
     if unknown or trace.hidden is None or gates.fingerprint != trace.fingerprint:

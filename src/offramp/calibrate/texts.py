@@ -7,6 +7,8 @@ import hashlib
 import numpy as np
 import torch
 
+from offramp.card import Data
+from offramp.sketch import among
 from offramp.trace import Trace
 
 
@@ -22,7 +24,18 @@ def text_hash(trace: Trace) -> str:
     return digest.hexdigest()
 
 
-def overlaps(data: dict[str, str], trained_on: dict[str, str]) -> list[str]:
-    """Return the names in ``data`` whose contents the model was tuned on, by SHA-256."""
-    known = set(trained_on.values())
-    return [name for name, digest in data.items() if digest in known]
+def overlaps(data: dict[str, str], trace: Trace, tuned_on: Data) -> str:
+    """Return what a model was tuned on of what it is calibrated on, in words; empty for nothing.
+
+    Args:
+        data: SHA-256 of what it is calibrated on, by name: a whole file is known by it.
+        trace: of that text; its prompts are known one by one, where it noted them.
+        tuned_on: the data of the model's card; an early one has no sketch of prompts.
+    """
+    files = [name for name, digest in data.items() if digest in tuned_on.files.values()]
+    if files:
+        return ", ".join(files)
+    if trace.prompts is None or tuned_on.prompts is None:
+        return ""
+    shared, told = among(trace.prompts, tuned_on.prompts)
+    return f"{shared} of the {told} prompts that can be compared" if shared else ""

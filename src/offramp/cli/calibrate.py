@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli import options as o
-from offramp.cli.tracing import own_answers, traced
+from offramp.cli.tracing import own_answers, timed, traced
 from offramp.errors import OfframpError, UsageError
 
 if TYPE_CHECKING:
@@ -107,8 +107,9 @@ def calibrate(
     """Choose thresholds for all exits jointly, and certify what leaving there risks.
 
     The model answers the prompts greedily at full depth; one trace of that text judges more than a
-    thousand joint settings. The plan is the cheapest whose risk is at most alpha, unless something
-    happened in the draw of the text that has at most probability delta. Sequences are the unit.
+    thousand joint settings. The plan is the one predicted to be fastest on this machine, which is
+    timed once, whose risk is at most alpha, unless something happened in the draw of the text that
+    has at most probability delta. Sequences are the unit.
     'cannot certify' ends with status 1 and says how many more sequences would be needed.
 
     [bold]offramp calibrate --prompts mine.jsonl --exits 24,27 --alpha 0.1 --out plan.json[/bold]
@@ -128,7 +129,7 @@ def calibrate(
     from offramp.cli.certificate import show
     from offramp.cli.output import environment, finish
     from offramp.plan import write_plan
-    from offramp.timing import known
+    from offramp.sketch import keys
 
     goal = Goal(risk.value, alpha, delta, method.value)
     chosen_by = parse_head(head or "full")
@@ -159,14 +160,16 @@ def calibrate(
         recorded = traced(
             loaded, texts, depths, keep_hidden=hidden, check=looked_at, head=chosen_by
         )
+        recorded = dataclasses.replace(recorded, prompts=keys(wanted))
     else:
         recorded = _read(trace, loaded)
     recorded = counted(recorded)
     data = _hashes(prompts, recorded)
-    _warn(data, loaded.card)
+    _warn(data, recorded, loaded.card)
     way = Way(exits_of(recorded, depths), signal, looked_at, chosen_by, max_waiting, exit_prompt)
-    constants = known(loaded.backbone)
-    price = pricing(loaded.backbone.shape, looked_at, recorded, constants, chosen_by)
+    must_be_enough(len(recorded.rows), goal)
+    way.scores(recorded)  # what the trace lacks is refused before the machine is timed
+    price = pricing(loaded.backbone.shape, looked_at, recorded, timed(loaded), chosen_by)
     with _bar("settings") as told:
         found = calibrate(recorded, way, goal, price, seed=seed, progress=told)
     checked = _verified(recorded, way, goal, price, verify, seed) if verify else None
@@ -176,7 +179,7 @@ def calibrate(
         weights=loaded.backbone.weights,
         data=data,
         seed=seed,
-        measured=constants is not None,
+        measured=True,
         drift=_drift(loaded, recorded, found, batch_size) if drift else None,
     )
     if out is not None:
@@ -262,16 +265,18 @@ def _hashes(prompts: Path | None, trace: Trace) -> dict[str, str]:
     return hashes
 
 
-def _warn(data: dict[str, str], card: Card | None) -> None:
-    """Say loudly on stderr that the model was tuned on the very text it is calibrated on."""
+def _warn(data: dict[str, str], trace: Trace, card: Card | None) -> None:
+    """Say loudly on stderr that the model was tuned on text that it is calibrated on."""
     from offramp.calibrate.texts import overlaps
 
-    seen = overlaps(data, card.data.files) if card is not None and card.data is not None else []
+    if card is None or card.data is None:
+        return
+    seen = overlaps(data, trace, card.data)
     if seen:
         print(
-            f"offramp: WARNING: this model was tuned on {', '.join(seen)}, the very text it is "
-            "calibrated on: its exits know that text, so the certificate will NOT hold for other "
-            "text; calibrate on text that was kept apart",
+            f"offramp: WARNING: this model was tuned on {seen}, the very text it is calibrated on: "
+            "its exits know that text, so the certificate will NOT hold for other text; calibrate "
+            "on text that was kept apart",
             file=sys.stderr,
         )
 
@@ -322,7 +327,7 @@ def _drift(model: Model, trace: Trace, found: Calibration, batch_size: int) -> D
     from offramp.calibrate.drift import measure, prompts_of
     from offramp.calibrate.risks import RISKS
 
-    if not RISKS[found.goal.risk].on_own_text:
+    if RISKS[found.goal.risk].own is None:
         return None
     held_out = found.parts.held_out
     from tqdm import tqdm

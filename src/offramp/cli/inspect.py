@@ -75,7 +75,7 @@ def inspect(
         "plan": None,
         "seed": None,
         "supported": True,
-        "card": None if loaded.card is None else loaded.card.model_dump(mode="json"),
+        "card": None if loaded.card is None else loaded.card.told(),
         "backbone": loaded.backbone.name,
         "weights": loaded.backbone.weights,
         **environment(),

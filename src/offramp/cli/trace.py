@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -99,6 +100,7 @@ def trace(
     from offramp.cli.output import environment, finish, table
     from offramp.plan import check_of
     from offramp.runs import Exit
+    from offramp.sketch import keys
 
     loaded = load(
         model,
@@ -125,7 +127,7 @@ def trace(
         loaded, texts, depths, keep_hidden=keep_hidden, check=looked_at, head=chosen_by
     )
     if out is not None:
-        recorded.save(out)
+        replace(recorded, prompts=keys(wanted)).save(out)
     rows = exit_rows(recorded)
     done = _replay(recorded, chosen)
     replayed = done and _figures(recorded, done)

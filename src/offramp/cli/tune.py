@@ -279,7 +279,7 @@ def _show(tuned: Tuned, *, as_json: bool) -> None:
         "seed": tuned.card.recipe.settings["seed"],
         **environment(),
         "out": str(tuned.folder),
-        "card": tuned.card.model_dump(mode="json"),
+        "card": tuned.card.told(),
         "before": tuned.before,
         "after": tuned.after,
         "skipped": tuned.skipped,

@@ -17,6 +17,7 @@ from offramp.errors import OfframpError
 from offramp.journal import append, open_journal
 from offramp.model import Model
 from offramp.request import Request
+from offramp.sketch import keys
 from offramp.text import Prompt, encode
 from offramp.tune.data import TOO_LONG, Data, Example
 
@@ -93,7 +94,7 @@ def answer(
     examples = [Example(ids[i] + found[i], len(ids[i])) for i in sorted(found)]
     digest = hashlib.sha256(json.dumps([found[i] for i in sorted(found)]).encode()).hexdigest()
     skipped = {TOO_LONG: len(ids) - len(fitting)} if len(fitting) < len(ids) else {}
-    return Data(examples, {**files, ANSWERS: digest}, skipped)
+    return Data(examples, {**files, ANSWERS: digest}, skipped, prompts=keys(prompts))
 
 
 def _known(path: Path, rows: list[Any]) -> dict[int, list[int]]:

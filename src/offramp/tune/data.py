@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from offramp.errors import OfframpError, UsageError
+from offramp.sketch import keys
 from offramp.tune.rows import Faults, Row, Rows, read_rows
 
 TOO_LONG = "prompt without room for an answer"
@@ -46,6 +47,8 @@ class Data:
     """Rows left out, by reason: bad ones, and prompts that are too long."""
     truncated: int = 0
     """Answers cut at ``max_length``."""
+    prompts: Sequence[int] = ()
+    """What all prompts are known by, of documents the whole text (:func:`offramp.sketch.keys`)."""
 
     @property
     def tokens(self) -> int:
@@ -96,7 +99,8 @@ def tokenise(rows: Rows, tokenizer: Any, *, raw: bool = False, max_length: int =
         raise UsageError("--max-length must be at least 2 tokens")
     read = _templated if tokenizer.chat_template and not raw else _joined
     ending = _Ending(tokenizer)
-    made = Data([], rows.files)
+    known_by = keys(row.prompt or row.answer or "" for row in rows.rows)
+    made = Data([], rows.files, prompts=known_by)
     size = len(rows.rows)
     hidden = size < _SHOW_BAR_FROM
     with tqdm(total=size, desc="tokenise", unit="row", leave=False, disable=hidden) as bar:

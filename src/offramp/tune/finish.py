@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from offramp.card import GATES, READOUTS, Card, write_card
 from offramp.errors import OfframpError
 from offramp.gate import GateWeights
+from offramp.hf.backbone import fingerprint
 from offramp.hf.load import quiet
 from offramp.readouts import ExitReadout, write_readouts
 from offramp.skipping import SkipFacts, SkipGates
@@ -37,7 +39,7 @@ def write_tuned(folder: Path, net: Net, adapted: Any, tokenizer: Any, card: Card
     if card.recipe.name == "gates":
         _gates(net, card).save(folder / GATES)
     elif net.gates:
-        _skip_gates(net, card).save(folder / GATES)
+        _skip_gates(net, adapted, card).save(folder / GATES)
     if card.recipe.name not in ("gates", "heads"):  # these leave the model as it was
         _write_model(folder, net, adapted, tokenizer)
     write_card(folder, card)
@@ -74,12 +76,15 @@ def _gates(net: Net, card: Card) -> GateWeights:
     )
 
 
-def _skip_gates(net: Net, card: Card) -> SkipGates:
-    """Return the layers' gates as the plan ``skip`` reads them."""
+def _skip_gates(net: Net, adapted: Any, card: Card) -> SkipGates:
+    """Return the layers' gates as the plan ``skip`` reads them, of the model as it will open."""
+    model = net.model
+    if adapted is not None:  # on the CPU, where it is merged when it is opened
+        model = copy.deepcopy(adapted).cpu().merge_and_unload()
     gate_input = card.recipe.settings.get("gate_input", "hidden")
     parts = {int(layer): gate.state_dict() for layer, gate in net.gates.items()}
     return SkipGates(
-        SkipFacts(num_layers=net.num_layers, gate_input=gate_input),
+        SkipFacts(num_layers=net.num_layers, fingerprint=fingerprint(model), gate_input=gate_input),
         {layer: part["weight"].float().cpu().contiguous() for layer, part in parts.items()},
         {layer: part["bias"].float().cpu().contiguous() for layer, part in parts.items()},
     )

@@ -22,6 +22,7 @@ from offramp.hf.tuned import at_full_depth
 from offramp.machine import versions
 from offramp.model import load
 from offramp.policy import check_exits
+from offramp.sketch import sketched
 from offramp.tune.answers import answer
 from offramp.tune.data import Data, Example, read_examples
 from offramp.tune.figures import Figures, digest, figures_before, judge_all
@@ -241,6 +242,11 @@ def _card(base: Base, run: Run, settings: Settings, material: Data, seen: int, n
         readouts={int(depth): net.kind for depth in net.readouts},
         teacher=run.teacher,
         recipe=Recipe(name=settings.recipe, settings=settings.model_dump(mode="json")),
-        data=CardData(files=material.files, texts=len(material.examples), tokens=seen),
+        data=CardData(
+            files=material.files,
+            texts=len(material.examples),
+            tokens=seen,
+            prompts=sketched(material.prompts),
+        ),
         versions=versions(),
     )
