@@ -6,6 +6,8 @@
 Few-shot answers of one token. Half of each task's items are fitted to, half judged: classifiers of
 the task itself ("task"), of all other tasks ("cross") and of all ("all"), by the full head and by a
 short list of tokens. Costs are counted operations of the whole prompt against full depth.
+
+Traces are kept in a folder beside the results (.answers): a second run goes on there.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from typing import Any
 import torch
 from adainfer_tasks import TASKS, items
 from command import command
+from kept import traced
+from narrow_arms import shown
 from torch import Tensor
 
 import offramp
@@ -39,7 +43,7 @@ from offramp.plan import execute
 from offramp.probe import Probe
 from offramp.request import Request
 from offramp.signals import score
-from offramp.trace import Trace, load_trace, record, replay
+from offramp.trace import Trace, replay
 
 CHECKS: tuple[Check, ...] = (FULL_HEAD, Shortlist(size=4096))
 Fit = Callable[[Trace], Classifier]
@@ -55,6 +59,8 @@ VARIANTS: dict[str, Fit] = {
     "crf, a classifier per exit": partial(fit_classifier, kind="crf", pooled=False),
 }
 SIGNALS = ("margin", "max_prob", "entropy")
+TRACED = 10
+"""Items of which a trace is kept at once."""
 
 
 def main() -> None:
@@ -63,10 +69,12 @@ def main() -> None:
     model = offramp.load(options.model, weights=options.weights)
     every = range(1, model.backbone.shape.num_layers)
     exits = parse_depths(options.exits) or tuple(every)
+    folder = options.out.with_suffix(".answers")
     traces = {}
     for name in TASKS:
         start = time.perf_counter()
-        seen = _recorded(model, name, exits, options)
+        texts = _texts(model, name, options)
+        seen = traced(model.backbone, texts, exits, TRACED, folder, keep_hidden=True)
         traces[name] = {str(check): _through(seen, model.backbone, check) for check in CHECKS}
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     rows = list(_rows(traces, model.backbone))
@@ -74,7 +82,7 @@ def main() -> None:
     measured = _measured(model, traces, options)
     result = {
         "command": command(),
-        "model": model.name,
+        "model": shown(model.name),
         "limit": options.limit,
         "seed": options.seed,
         **environment(),
@@ -83,7 +91,7 @@ def main() -> None:
         "means": _means(rows),
         "measured": measured,
     }
-    finish(result, as_json=options.out is None, out=options.out)
+    finish(result, as_json=False, out=options.out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,25 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=20, help="items per task")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--traces", type=Path, help="keep traces here, and use those that are")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     return parser
-
-
-def _recorded(
-    model: offramp.Model, name: str, exits: tuple[int, ...], options: argparse.Namespace
-) -> Trace:
-    """Return a task's trace with hidden states, from the folder of traces where it is there."""
-    file = None
-    if options.traces is not None:
-        options.traces.mkdir(parents=True, exist_ok=True)
-        file = options.traces / f"{name}-{options.limit}-{options.seed}.safetensors"
-        if file.is_file():
-            return load_trace(file)
-    seen = record(model.backbone, _texts(model, name, options), exits, keep_hidden=True)
-    if file is not None:
-        seen.save(file)
-    return seen
 
 
 def _texts(
