@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from markupsafe import Markup
 
@@ -53,8 +53,10 @@ def draw_curve(curve: Curve) -> Markup:
     parts += [
         rule(x(1), top, x(1), bottom, kind="ink", stroke_dasharray="5 4"),
         rule(left, full_y, right, full_y, kind="ink", stroke_dasharray="5 4"),
-        words(x(1) - 5, bottom - 8, "cost of full depth", kind="soft", text_anchor="end"),
     ]
+    if not any(x(1) - 120 < x(point.cost) < x(1) for point in curve.points):
+        said = "cost of full depth"
+        parts.append(words(x(1) - 5, bottom - 8, said, kind="soft", text_anchor="end"))
     if most > 1.2:
         parts.append(words(right - 5, bottom - 8, "dearer", kind="soft", text_anchor="end"))
     parts += [_mark(point, x, y, curve.full.cost) for point in curve.points]
@@ -112,20 +114,47 @@ def _mark(point: Point, x: Scale, y: Scale, reference: float, *, full: bool = Fa
 
 
 def _labels(points: Sequence[Point], x: Scale, y: Scale, right: float) -> list[Markup]:
-    """Name the points, the last first, those whose name would lie on another's left out."""
-    taken: list[tuple[float, float, float]] = []
+    """Name the points, the last first, where no other name, mark or interval is; or not at all."""
+    taken = [_reach(point, x, y) for point in points]
     parts = []
     for point in reversed(points):
         said = visible(point.name if not point.note else f"{point.name}: {point.note}")[:60]
-        wide = 6.6 * len(said)
-        ends = x(point.cost) + 10 + wide > right
-        start = x(point.cost) - 10 - wide if ends else x(point.cost) + 10
-        row = y(point.quality) + (16 if ends else 4)
-        if any(abs(row - r) < 13 and start < b and a < start + wide for a, b, r in taken):
-            continue
-        taken.append((start, start + wide, row))
-        parts.append(words(start, row, said, text_anchor="start"))
+        place = next(
+            (
+                box
+                for box in _places(x(point.cost), y(point.quality), 6.6 * len(said), right)
+                if not any(_meet(box, other) for other in taken)
+            ),
+            None,
+        )
+        if place is not None:
+            taken.append(place)
+            parts.append(words(place[0], place[3] - 1, said, text_anchor="start"))
     return parts
+
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+
+
+def _reach(point: Point, x: Scale, y: Scale) -> Box:
+    """Return where a point's mark and its interval are."""
+    at, ends = x(point.cost), [y(point.quality)]
+    ends += [y(end) for end in (point.low, point.high) if end is not None]
+    return at - 6, min(ends) - 5, at + 6, max(ends) + 5
+
+
+def _places(px: float, py: float, wide: float, right: float) -> Iterator[Box]:
+    """Yield where a name may stand: behind its point, before and below it, before and above it."""
+    if px + 10 + wide <= right:
+        yield px + 10, py - 7, px + 10 + wide, py + 5
+    for row in (py + 17, py - 7):
+        yield px - 10 - wide, row - 12, px - 10, row
+
+
+def _meet(box: Box, other: Box) -> bool:
+    across = box[0] < other[2] and other[0] < box[2]
+    return across and box[1] < other[3] and other[1] < box[3]
 
 
 def draw_depths(counts: Mapping[int, int], num_layers: int) -> Markup:

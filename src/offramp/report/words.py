@@ -28,6 +28,9 @@ SPEEDS = (
     "full depth."
 )
 
+SLOWER = 1.005
+"""A ratio to full depth above which a run is called slower: below it, it reads as the same."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -89,7 +92,7 @@ def mean_depth(counts: Counter[int]) -> float:
 def alerts(known: Cost) -> list[str]:
     """Return slow-downs in words."""
     if known.ratio is not None:
-        if known.ratio <= 1.005:
+        if known.ratio <= SLOWER:
             return []
         return [
             f"Slower than full depth: a token took {known.ratio:.2f} times as long "
@@ -137,7 +140,7 @@ def depth_figures(num_layers: int, counts: Counter[int]) -> list[Figure]:
 
 def _time(known: Cost) -> Figure:
     ratio = known.ratio or 0.0
-    slow = ratio > 1.005
+    slow = ratio > SLOWER
     word = "slower" if slow else "faster" if ratio < 0.995 else "the same"
     return Figure("time / full depth", f"{ratio:.2f}x", f"{word}; {known.source}", bad=slow)
 
@@ -146,7 +149,7 @@ def _counted(known: Cost) -> list[Figure]:
     pairs = (("weights read / full depth", known.weights), ("operations / full depth", known.flops))
     about = "counted; time was not measured"
     return [
-        Figure(name, f"{value:.2f}x", about, bad=value > 1.005)
+        Figure(name, f"{value:.2f}x", about, bad=value > SLOWER)
         for name, value in pairs
         if value is not None
     ]
@@ -165,7 +168,7 @@ def describe(plan: Mapping[str, Any]) -> str:
     run = plan.get("run") or {}
     match run:
         case {"kind": "exit", "signal": signal, "thresholds": dict(values)}:
-            exits = ", ".join(f"{depth}:{value}" for depth, value in values.items())
+            exits = ", ".join(f"{depth}:{value:.3g}" for depth, value in values.items())
             return f"leaves where {signal} reaches {exits}"
         case {"kind": "speculate", "draft": list(draft), "tokens": tokens}:
             return f"drafts {tokens} tokens with {len(draft)} layers"
