@@ -13,10 +13,10 @@ import pytest
 
 from offramp.errors import OfframpError
 from offramp.reliability import share_interval
-from offramp.report.charts import draw_curve
+from offramp.report.charts import draw_curve, draw_reliability
 from offramp.report.page import embedded, render
 from offramp.report.read import read_run
-from offramp.report.runs import Curve
+from offramp.report.runs import Curve, ExitRow
 from offramp.report.sections import arrange
 from offramp.text import pieces
 from tests.conftest import byte_tokenizer
@@ -199,6 +199,9 @@ def test_names_of_points_lie_on_nothing() -> None:
         drawn = str(draw_curve(Curve.model_validate_json(json.dumps(facts))))
         names = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>(point \d|full depth)<', drawn)
         boxes = [(float(x), float(y) - 10, float(x) + 6 * len(n), float(y)) for x, y, n in names]
+        reference = r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>cost of full depth<'
+        ends = [(float(x), float(y)) for x, y in re.findall(reference, drawn)]
+        boxes += [(x - 6 * 18, y - 10, x, y) for x, y in ends]
         marks = [
             (float(x) - 5, float(y) - 5, float(x) + 5, float(y) + 5)
             for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)
@@ -208,7 +211,35 @@ def test_names_of_points_lie_on_nothing() -> None:
             for other in [*boxes[:i], *marks]:
                 apart = box[0] >= other[2] or other[0] >= box[2]
                 assert apart or box[1] >= other[3] or other[1] >= box[3]
+            assert box[0] >= 46  # where the axis is
     assert told > 40 * 3
+
+
+def test_panels_of_reliability_do_not_touch() -> None:
+    """Every word about an exit ends before the next panel begins."""
+    bins = [{"tokens": 9, "confidence": 0.9, "agreement": 0.7}]
+    rows = [ExitRow.model_validate({"depth": d, "reliability": tuple(bins)}) for d in (24, 28, 30)]
+    drawn = str(draw_reliability(rows))
+    frames = [float(x) for x in re.findall(r'<rect x="([\d.]+)"', drawn)]
+    said = re.findall(r'<text x="([\d.]+)"[^>]*>((?:exit|over|right)[^<]*)<', drawn)
+    assert [word for _, word in said][:2] == ["exit 24", "over-confident by 20%"]
+    assert len(said) == 3 * 3
+    for x, word in said:
+        after = [frame - 30 for frame in frames if frame > float(x)]  # numbers stand before it
+        assert float(x) + 6.6 * len(word) <= min(after, default=560)
+
+
+def test_a_short_head_behind_the_last_layer_is_told_from_it(tmp_path: Path) -> None:
+    """Both are at the same depth: the page says which is the whole model's."""
+    run = generated(["a"], tokens=2)
+    trace = trace_of(run)
+    trace["exits"] = [*trace["exits"], 12]
+    text = trace["texts"][0]
+    text["chosen"] = [[*row, row[-1]] for row in text["chosen"]]
+    text["scores"]["max_prob"] = [[*row, 0.5] for row in text["scores"]["max_prob"]]
+    page = page_of(tmp_path, run=run, trace=trace)
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert data["sections"][0]["depths"] == [*range(1, 13), "12, all"]
 
 
 def test_a_page_of_fifty_answers_is_small(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ from offramp.report.svg import (
 )
 from offramp.shown import visible
 
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+
 _WIDE = 560
 _PANELS = 6
 """Most exits whose reliability is drawn."""
@@ -54,14 +57,15 @@ def draw_curve(curve: Curve) -> Markup:
         rule(x(1), top, x(1), bottom, kind="ink", stroke_dasharray="5 4"),
         rule(left, full_y, right, full_y, kind="ink", stroke_dasharray="5 4"),
     ]
-    if not any(x(1) - 120 < x(point.cost) < x(1) for point in curve.points):
-        said = "cost of full depth"
-        parts.append(words(x(1) - 5, bottom - 8, said, kind="soft", text_anchor="end"))
     if most > 1.2:
         parts.append(words(right - 5, bottom - 8, "dearer", kind="soft", text_anchor="end"))
     parts += [_mark(point, x, y, curve.full.cost) for point in curve.points]
     parts.append(_mark(curve.full, x, y, curve.full.cost, full=True))
-    parts += _labels([*curve.points, curve.full], x, y, right)
+    names, taken = _labels([*curve.points, curve.full], x, y, (left, right))
+    parts += names
+    if not any(_meet((x(1) - 125, bottom - 20, x(1) - 5, bottom - 6), box) for box in taken):
+        said = "cost of full depth"
+        parts.append(words(x(1) - 5, bottom - 8, said, kind="soft", text_anchor="end"))
     parts += [
         words((left + right) / 2, bottom + 40, visible(curve.cost), text_anchor="middle"),
         words(left, 14, visible(curve.quality)),
@@ -113,8 +117,13 @@ def _mark(point: Point, x: Scale, y: Scale, reference: float, *, full: bool = Fa
     return tag("g", tag("title", visible(f"{said} {point.note}".strip())), *parts)
 
 
-def _labels(points: Sequence[Point], x: Scale, y: Scale, right: float) -> list[Markup]:
-    """Name the points, the last first, where no other name, mark or interval is; or not at all."""
+def _labels(
+    points: Sequence[Point], x: Scale, y: Scale, across: tuple[float, float]
+) -> tuple[list[Markup], list[Box]]:
+    """Name the points, the last first, where no other name, mark or interval is; or not at all.
+
+    Return the names, and where anything is then.
+    """
     taken = [_reach(point, x, y) for point in points]
     parts = []
     for point in reversed(points):
@@ -122,7 +131,7 @@ def _labels(points: Sequence[Point], x: Scale, y: Scale, right: float) -> list[M
         place = next(
             (
                 box
-                for box in _places(x(point.cost), y(point.quality), 6.6 * len(said), right)
+                for box in _places(x(point.cost), y(point.quality), 6.6 * len(said), across)
                 if not any(_meet(box, other) for other in taken)
             ),
             None,
@@ -130,11 +139,7 @@ def _labels(points: Sequence[Point], x: Scale, y: Scale, right: float) -> list[M
         if place is not None:
             taken.append(place)
             parts.append(words(place[0], place[3] - 1, said, text_anchor="start"))
-    return parts
-
-
-Box = tuple[float, float, float, float]
-"""Left, top, right, bottom."""
+    return parts, taken
 
 
 def _reach(point: Point, x: Scale, y: Scale) -> Box:
@@ -144,11 +149,12 @@ def _reach(point: Point, x: Scale, y: Scale) -> Box:
     return at - 6, min(ends) - 5, at + 6, max(ends) + 5
 
 
-def _places(px: float, py: float, wide: float, right: float) -> Iterator[Box]:
+def _places(px: float, py: float, wide: float, across: tuple[float, float]) -> Iterator[Box]:
     """Yield where a name may stand: behind its point, before and below it, before and above it."""
+    left, right = across
     if px + 10 + wide <= right:
         yield px + 10, py - 7, px + 10 + wide, py + 5
-    for row in (py + 17, py - 7):
+    for row in (py + 17, py - 7) if px - 10 - wide >= left else ():
         yield px - 10 - wide, row - 12, px - 10, row
 
 
@@ -200,15 +206,15 @@ def draw_reliability(rows: Sequence[ExitRow], wanted: Sequence[int] = ()) -> Mar
     chosen = [row for row in known if row.depth in wanted] or known
     stride = -(-len(chosen) // _PANELS)
     shown = chosen[::-1][::stride][::-1]  # counted from the deepest
-    side, gap, left, top = 130, 56, 34, 40
+    side, gap, left, top = 130, 56, 34, 48
     per_row = 3
     parts: list[Markup] = []
     for place, row in enumerate(shown):
-        at = (left + place % per_row * (side + gap), top + place // per_row * (side + 76))
+        at = (left + place % per_row * (side + gap), top + place // per_row * (side + 88))
         parts += _panel(row, at, side)
     lines = -(-len(shown) // per_row)
     label = "confidence against agreement with the last layer, per exit"
-    return document(_WIDE, lines * (side + 76) + 14, parts, label)
+    return document(_WIDE, lines * (side + 88) + 14, parts, label)
 
 
 def _panel(row: ExitRow, at: tuple[float, float], side: float) -> list[Markup]:
@@ -242,7 +248,8 @@ def _panel(row: ExitRow, at: tuple[float, float], side: float) -> list[Markup]:
     ]
     line = " ".join(f"{x(b.confidence):.1f},{y(b.agreement):.1f}" for b in bins)
     return [
-        words(left, top - 10, f"exit {row.depth}: {worth}", font_weight=600),
+        words(left, top - 23, f"exit {row.depth}", font_weight=600),
+        words(left, top - 8, worth),
         tag(
             "rect", x=left, y=top, width=side, height=side, class_="frame", fill="none", stroke=LINE
         ),
@@ -251,5 +258,5 @@ def _panel(row: ExitRow, at: tuple[float, float], side: float) -> list[Markup]:
         *dots,
         *numbers,
         words(left + side / 2, top + side + 32, "confidence", kind="soft", text_anchor="middle"),
-        words(left + side + 8, top + side / 2, "right", kind="soft"),
+        words(left + 6, top + 15, "right", kind="soft"),
     ]

@@ -27,7 +27,7 @@ def curve_caption(curve: Curve) -> str:
     said = "Up is better, left is cheaper. The square is full depth."
     said += " Bars are 95% intervals." if bars else " Intervals are not known here."
     if dearer:
-        said += f" {dearer} of {len(curve.points)} are dearer than full depth (white)."
+        said += f" {dearer} of {len(curve.points)} are dearer than full depth (hollow)."
     return said
 
 

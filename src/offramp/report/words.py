@@ -13,7 +13,7 @@ from offramp.report.runs import Generated
 from offramp.report.svg import step_of
 from offramp.shown import visible
 
-DEPTHS = "How many tokens were chosen after so many layers; white bars ran all of them."
+DEPTHS = "How many tokens were chosen after so many layers; hollow bars ran all of them."
 GRID = (
     "Each column is a token, each row an exit, the last layer on top. Colour is confidence, dark "
     "to bright; a dot marks a choice that is not the last layer's. The line is the exit taken, "
@@ -24,7 +24,7 @@ RELIABILITY = (
     "than it should be. Larger dots are more tokens; right is what the last layer says."
 )
 SPEEDS = (
-    "New tokens per second, medians with quartiles. White bars are slower than the same model at "
+    "New tokens per second, medians with quartiles. Hollow bars are slower than the same model at "
     "full depth."
 )
 
