@@ -6,6 +6,9 @@ import gzip
 import importlib.util
 import json
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +26,7 @@ import skip_exit
 import sorted as sorted_llama
 import sorted_figures
 import torch
+import tuning
 from adainfer_tasks import TASKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -460,6 +464,73 @@ def test_the_commands_that_make_the_models_parse() -> None:
     for _, verb, *arguments in shown:
         known = {option for parameter in verbs[verb].params for option in parameter.opts}
         assert {word for word in arguments if word.startswith("--")} <= known
+
+
+TARGETS = ("paper-lite", "paper-adainfer", "paper-layers", "paper-sorted", "policies")
+
+
+def _recipe(target: str, *words: str) -> list[list[str]]:
+    """Return the commands of experiments that a target would run, as words."""
+    asked = ["make", "--dry-run", "--old-file=.venv/.ready", target, *words]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[1:] for line in lines if "experiments/" in line]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize("limit", [(), ("LIMIT=3",)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_target_tunes_what_its_experiments_read(target: str, limit: tuple[str, ...]) -> None:
+    """Arms that exist, behind those they start from; options that exist; a try spares results."""
+    runs, out = ("runs-3", "runs-3") if limit else ("runs", "results")
+    made: set[str] = set()
+    for script, *words in _recipe(target, "DATA=data", *limit):
+        source = (ROOT / script).read_text()
+        options = [word for word in words if word.startswith("--")]
+        assert [option for option in options if f'"{option}"' not in source] == (
+            [one for one in ("--sorted", "--sft", "--ict") if one in words and "sorted" in script]
+        )
+        assert ("--limit" in options) == bool(limit)
+        if script.endswith("tuning.py"):
+            task = next(word for word in words if word in tuning.TASKS)
+            named = words[words.index("--only") + 1 :] if "--only" in words else None
+            for arm in tuning.TASKS[task]:
+                if named is None or arm.name in named:
+                    assert arm.start is None or f"{runs}/{task}-{arm.start}" in made
+                    made.add(f"{runs}/{task}-{arm.name}")
+            continue
+        written = words[words.index("--out") + 1]
+        assert written.startswith(f"{out}/")
+        assert limit or (ROOT / written).is_file()
+        models = {word for word in words if word.startswith(f"{runs}/")} - {written}
+        assert models <= made
+    assert made
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_a_target_asks_for_the_data() -> None:
+    """Before anything is run."""
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        _recipe("paper-lite")
+    assert "say DATA=" in failed.value.stderr
+
+
+def test_every_arm_can_be_tuned() -> None:
+    """Its options are those of `offramp tune`; a try changes how much, and nothing else."""
+    from typer.main import get_command
+
+    from offramp.cli import app
+
+    verbs = get_command(app).commands  # type: ignore[attr-defined]
+    known = {option for parameter in verbs["tune"].params for option in parameter.opts}
+    for task, arms in tuning.TASKS.items():
+        names = [arm.name for arm in arms]
+        assert len(set(names)) == len(names)
+        for arm in arms:
+            words = tuning.tune_command(arm, task, Path("data"), Path("runs"))
+            assert {word for word in words if word.startswith("--")} <= known
+            assert (arm.start, arm.of) == (None, None) or {arm.start, arm.of} - {None} <= set(names)
+            assert arm.cut is None or words[4] == f"runs/cut-{arm.cut}"
 
 
 def test_a_draft_is_compared_with_the_papers_nearest() -> None:
