@@ -39,7 +39,7 @@ results: $(READY)  ## write the README's table again from results/
 RUNS ?= runs$(if $(LIMIT),-$(LIMIT))
 OUT ?= $(if $(LIMIT),$(RUNS),results)
 FEW = $(if $(LIMIT),--limit $(LIMIT))
-BRIEF = $(FEW) $(if $(LIMIT),--max-new-tokens 24 --rounds 1)
+BRIEF = $(FEW) $(if $(LIMIT),--max-new-tokens 24 --rounds 1 --prompts $(LIMIT))
 TUNE = $(if $(DATA),,$(error say DATA=the folder of data sets))$(BIN)/python experiments/tuning.py --data $(DATA) --runs $(RUNS) \
 	$(FEW) $(if $(LIMIT),--tokens $(LIMIT)00)
 GATES = hidden-0.3 hidden-1 hidden-3 fixed-0.3 fixed-1 fixed-3
