@@ -41,6 +41,9 @@ from offramp.cost import full_depth
 from offramp.plan import execute
 from offramp.request import Request
 from tests.conftest import save_tiny
+from tests.test_cli import Shell, shell
+
+__all__ = ["shell"]
 
 ROOT = Path(__file__).parent.parent
 LAW = settings(deadline=None, max_examples=60)
@@ -336,6 +339,28 @@ def test_lite_ends_in_a_table(
     assert f"{paper['operations_saved']:.1%}" in text
     assert all(row["same"] for row in record["comparison"])
     assert text.count("\n| paper's thresholds | ") == 5 + 1  # sets and all; tokens by depth
+
+
+@pytest.mark.parametrize("kept_out", [4, 0])
+def test_what_became_of_the_last_layer_is_what_tuning_told(
+    shell: Shell, checkpoint: Path, tmp_path: Path, kept_out: int
+) -> None:
+    """On rows kept out; a tuning that kept none out watched others."""
+    rows = [{"prompt": f"Say {i}", "completion": f"it is {i}"} for i in range(12)]
+    for name, some in (("learnt", rows), ("watched", rows[:5])):
+        _write(tmp_path / f"{name}.jsonl", some)
+    status, _, _ = shell(
+        *("tune", checkpoint, "--recipe", "sft", "--length", 64, "--precision", "fp32"),
+        *("--data", tmp_path / "learnt.jsonl", "--held-out", kept_out),
+        *("--watch", tmp_path / "watched.jsonl", "--out", tmp_path / "tuned"),
+    )
+    assert status == 0
+    told = json.loads((tmp_path / "tuned" / "report.json").read_text())
+    text = next(name for name in told["after"] if ("held out" in name) == bool(kept_out))
+    losses = lite._last_layer(tmp_path / "tuned")
+    assert losses == {when: told[when][text][-1]["loss"] for when in ("before", "after")}
+    assert losses["before"] != losses["after"]
+    assert lite._last_layer(checkpoint) is None
 
 
 def test_sorted_ends_in_a_table(
