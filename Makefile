@@ -7,6 +7,7 @@ READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test lint types unit families lossless results peers clean
+.PHONY: papers paper-lite paper-adainfer paper-layers paper-sorted policies
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -31,6 +32,57 @@ lossless: $(READY)  ## needs DATA=all_730.jsonl; hours on two cores, resumable
 
 results: $(READY)  ## write the README's table again from results/
 	$(BIN)/python docs/tables.py
+
+# The papers' experiments, each behind the tuning that it needs: DATA is the folder of data sets, and
+# `make results` then writes the tables. Hours; killed, the same command goes on behind what is tuned
+# and answered. LIMIT=4 tries it on few prompts, rows and tokens, in a folder of its own.
+RUNS ?= runs$(if $(LIMIT),-$(LIMIT))
+OUT ?= $(if $(LIMIT),$(RUNS),results)
+FEW = $(if $(LIMIT),--limit $(LIMIT))
+BRIEF = $(FEW) $(if $(LIMIT),--max-new-tokens 24 --rounds 1 --prompts $(LIMIT))
+TUNE = $(if $(DATA),,$(error say DATA=the folder of data sets))$(BIN)/python experiments/tuning.py --data $(DATA) --runs $(RUNS) \
+	$(FEW) $(if $(LIMIT),--tokens $(LIMIT)00)
+GATES = hidden-0.3 hidden-1 hidden-3 fixed-0.3 fixed-1 fixed-3
+LITE_SETS = $(DATA)/lite_test_sets/all_730.jsonl
+
+papers: paper-lite paper-adainfer paper-layers paper-sorted policies
+
+paper-lite: $(READY)
+	$(TUNE) general --only sorted
+	$(BIN)/python experiments/lite.py default --data $(DATA) --similarity --weights int4 \
+		$(BRIEF) --out $(OUT)/lite.json
+	$(BIN)/python experiments/lite.py $(RUNS)/general-sorted --data $(DATA) --similarity \
+		$(BRIEF) --out $(OUT)/lite_tuned.json
+
+paper-adainfer: $(READY)
+	$(TUNE) general --only sorted
+	$(BIN)/python experiments/adainfer.py --data $(DATA) $(FEW) --out $(OUT)/adainfer.json
+	$(BIN)/python experiments/adainfer.py $(RUNS)/general-sorted --exits 12,18,24 --weights int8 \
+		--data $(DATA) $(FEW) --out $(OUT)/adainfer_tuned.json
+
+paper-layers: $(READY)  ## an oracle is of 20 texts or more
+	$(TUNE) skip
+	$(BIN)/python experiments/skip_exit.py --data $(DATA)/lm_text/wikitext2_test.txt.gz $(FEW) \
+		--out $(OUT)/skip_exit.json
+	$(BIN)/python experiments/skip_gates.py --sft $(RUNS)/skip-sft \
+		--gates $(addprefix $(RUNS)/skip-,$(GATES)) \
+		--data $(DATA)/alpaca_52k/alpaca_data_52k.jsonl.gz $(FEW) --out $(OUT)/skip_gates.json
+	$(BIN)/python experiments/oracle.py --data $(LITE_SETS) \
+		$(if $(LIMIT),--limit $(LIMIT)0 --max-new-tokens 8) --out $(OUT)/oracle.json
+
+paper-sorted: $(READY)
+	$(TUNE) general --only sft sorted ict extracted-12 extracted-18 extracted-24
+	$(BIN)/python experiments/sorted.py --sorted $(RUNS)/general-sorted --sft $(RUNS)/general-sft \
+		--ict $(RUNS)/general-ict --extracted $(RUNS)/general-extracted-12 \
+		--extracted $(RUNS)/general-extracted-18 --extracted $(RUNS)/general-extracted-24 \
+		--data $(DATA) --answers --weights int8 $(BRIEF) $(if $(LIMIT),--held-out $(LIMIT)) \
+		--out $(OUT)/sorted.json
+
+policies: $(READY)
+	$(TUNE) exits --only blocks
+	$(BIN)/python experiments/policies.py $(RUNS)/exits-blocks --exits 18 24 --prompts $(LITE_SETS) \
+		--head shortlist:4096 $(if $(LIMIT),--limit $(LIMIT)0 --max-new-tokens 24 --rounds 1) \
+		--out $(OUT)/policies.json
 
 peers: $(PEERS)/.ready  ## engines that `offramp bench` times beside ours; compiles llama.cpp, minutes
 

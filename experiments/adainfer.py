@@ -6,6 +6,8 @@
 Few-shot answers of one token. Half of each task's items are fitted to, half judged: classifiers of
 the task itself ("task"), of all other tasks ("cross") and of all ("all"), by the full head and by a
 short list of tokens. Costs are counted operations of the whole prompt against full depth.
+
+Traces are kept in a folder beside the results (.answers): a second run goes on there.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import torch
 from adainfer_figures import comparison
 from adainfer_tasks import TASKS, items
 from command import command
+from kept import traced
+from narrow_arms import shown
 from papers import shown_rows
 from torch import Tensor
 
@@ -41,7 +45,7 @@ from offramp.plan import execute
 from offramp.probe import Probe
 from offramp.request import Request
 from offramp.signals import score
-from offramp.trace import Trace, load_trace, record, replay
+from offramp.trace import Trace, replay
 
 CHECKS: tuple[Check, ...] = (FULL_HEAD, Shortlist(size=4096))
 Fit = Callable[[Trace], Classifier]
@@ -65,6 +69,8 @@ DEVIATIONS = (
     "and C are not known to us",
     "a tuned model is asked at its exits only, an untuned one at every layer, as in the paper",
 )
+TRACED = 10
+"""Items of which a trace is kept at once."""
 
 
 def main() -> None:
@@ -73,17 +79,19 @@ def main() -> None:
     model = offramp.load(options.model, weights=options.weights)
     every = range(1, model.backbone.shape.num_layers)
     exits = parse_depths(options.exits) or tuple(every)
+    folder = options.out.with_suffix(".answers")
     traces = {}
     for name in TASKS:
         start = time.perf_counter()
-        seen = _recorded(model, name, exits, options)
+        texts = _texts(model, name, options)
+        seen = traced(model.backbone, texts, exits, TRACED, folder, keep_hidden=True)
         traces[name] = {str(check): _through(seen, model.backbone, check) for check in CHECKS}
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     rows = list(_rows(traces, model.backbone))
     rows += list(_variants(traces, model.backbone))
     result = {
         "command": command(),
-        "model": model.name,
+        "model": shown(model.name),
         "limit": options.limit,
         "deviations": DEVIATIONS,
         "seed": options.seed,
@@ -95,7 +103,7 @@ def main() -> None:
     }
     result["comparison"] = comparison(result)
     print(shown_rows(result["comparison"]))
-    finish(result, as_json=options.out is None, out=options.out)
+    finish(result, as_json=False, out=options.out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,25 +115,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=20, help="items per task")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--traces", type=Path, help="keep traces here, and use those that are")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     return parser
-
-
-def _recorded(
-    model: offramp.Model, name: str, exits: tuple[int, ...], options: argparse.Namespace
-) -> Trace:
-    """Return a task's trace with hidden states, from the folder of traces where it is there."""
-    file = None
-    if options.traces is not None:
-        options.traces.mkdir(parents=True, exist_ok=True)
-        file = options.traces / f"{name}-{options.limit}-{options.seed}.safetensors"
-        if file.is_file():
-            return load_trace(file)
-    seen = record(model.backbone, _texts(model, name, options), exits, keep_hidden=True)
-    if file is not None:
-        seen.save(file)
-    return seen
 
 
 def _texts(

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from command import command
 from tqdm import tqdm
 
 import offramp
@@ -115,7 +116,7 @@ def main() -> None:
         print(f"{name:62} {figure}")
     finish(
         {
-            "command": f"python experiments/clock.py --weights {options.weights} --out FILE",
+            "command": command(),
             "model": model.name,
             "weights": options.weights,
             "rounds": options.rounds,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import command
 
 import offramp
 from offramp.cli.output import environment, finish
@@ -72,7 +73,7 @@ def main() -> None:
     for row in rows:
         print(row)
     record = {
-        "command": "python experiments/costs.py --out results/costs.json",
+        "command": command(),
         "model": model.name,
         "seed": 0,
         **environment(),

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from offramp.adainfer.labels import joined
 from offramp.backbone import Backbone
 from offramp.files import write_text
+from offramp.machine import versions
 from offramp.meter import Meter
 from offramp.trace import Trace, load_trace, record
 
@@ -96,14 +97,17 @@ def traced(
     exits: Sequence[int],
     batch_size: int,
     folder: Path,
+    *,
+    keep_hidden: bool = False,
 ) -> Trace:
     """Return the trace of the texts at these exits, the parts kept in ``folder`` first."""
     parts = []
     for batch in _batches(texts, batch_size, "trace"):
-        path = folder / f"{_digest(backbone, 'trace', list(exits), batch)}.safetensors"
+        digest = _digest(backbone, "trace", list(exits), batch, keep_hidden)
+        path = folder / f"{digest}.safetensors"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            record(backbone, batch, exits).save(path)
+            record(backbone, batch, exits, keep_hidden=keep_hidden).save(path)
         parts.append(load_trace(path))
     return joined(parts)
 
@@ -124,6 +128,6 @@ def _batches(items: Sequence[Any], size: int, name: str) -> Iterator[list[Any]]:
 
 
 def _digest(backbone: Backbone, *facts: Any) -> str:
-    """Return a digest of everything that an answer or a trace depends on."""
-    own = (backbone.fingerprint, backbone.name, backbone.weights, backbone.build)
+    """Return a digest of everything that an answer or a trace depends on, versions included."""
+    own = (versions(), backbone.fingerprint, backbone.name, backbone.weights, backbone.build)
     return hashlib.sha256(json.dumps([*own, *facts]).encode()).hexdigest()[:32]

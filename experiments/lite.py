@@ -222,12 +222,19 @@ def _times(
 
 
 def _last_layer(folder: Path) -> dict[str, float] | None:
-    """Return the last layer's loss before and after tuning, where the tuning told."""
+    """Return the last layer's loss before and after tuning, where the tuning told.
+
+    On rows kept out of what it learnt from or, where there are none, on the first text it watched.
+    """
     path = folder / "report.json"
     if not path.is_file():
         return None
     report = json.loads(path.read_text(encoding="utf-8"))
-    return {when: report[when]["held out"][-1]["loss"] for when in ("before", "after")}
+    texts = report["after"]
+    if not texts:
+        return None
+    text = "held out" if "held out" in texts else next(iter(texts))
+    return {when: report[when][text][-1]["loss"] for when in ("before", "after")}
 
 
 if __name__ == "__main__":

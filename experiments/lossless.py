@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import command
 from tqdm import tqdm
 
 from offramp.hf.load import load_checkpoint
@@ -46,8 +47,7 @@ def main() -> None:
     prompts = prompts[:: max(len(prompts) // options.limit, 1)][: options.limit]
     ids = [encode(tokenizer, prompt) for prompt in prompts]
     record = _load(options.out) or {
-        "command": "python experiments/lossless.py --data all_730.jsonl --rotate "
-        "--out results/lossless.json",
+        "command": command(),
         "model": name,
         "torch": torch.__version__,
         "prompts": len(ids),

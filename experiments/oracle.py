@@ -4,27 +4,30 @@
 
 Takes the prompts of the LITE test sets that have a reference (Self-Instruct's), and scores every
 depth from 18 on, teacher-forced, on the reference and on the model's own greedy answers.
+
+Answers and traces are kept in a folder beside the results (.answers): a second run goes on there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
+from command import command
+from kept import answered, traced
+from narrow_arms import Arm, shown
 from papers import shown_rows
 from selection_figures import of_oracle as comparison
-from tqdm import tqdm
 
 import offramp
-from offramp.allocate.fit import fit_router
 from offramp.allocate.report import default_budgets, report
 from offramp.allocate.score import Score, features_of, from_trace
+from offramp.allocate.table import must_be_enough
 from offramp.cli.output import environment, finish
-from offramp.cli.scoring import as_record
-from offramp.cli.tracing import Texts, own_answers
+from offramp.cli.scoring import as_record, fitted_router
+from offramp.cli.tracing import Texts
 from offramp.text import encode, with_input
 
 ARMS: tuple[tuple[str, Score], ...] = (
@@ -40,6 +43,8 @@ DEVIATIONS = (
     "scores are of texts given, teacher-forced; the paper's are ROUGE-L of what each depth writes",
     "few prompts of Self-Instruct; the paper's are 7,801 of Alpaca",
 )
+AT_ONCE = 32
+"""Texts that are answered, traced and kept together."""
 
 
 def main() -> None:
@@ -52,16 +57,15 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=18, help="the shallowest depth")
     parser.add_argument("--look", type=int, default=18, help="where a router looks at the prompt")
     parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--limit", type=int, default=300)
+    parser.add_argument("--limit", type=int, default=300, help="20 or more; 50 for a router")
     options = parser.parse_args()
-    start = time.perf_counter()
+    asked = with_reference(options.data)[: options.limit]
+    must_be_enough(len(asked))
     model = offramp.load(options.model, weights=options.weights)
-    count = options.max_new_tokens
-    asked = answered(options.data)[: options.limit]
-    prompts = [prompt for prompt, _ in asked]
+    folder = options.out.with_suffix(".answers")
     texts = {
-        "reference": references(model, asked, count),
-        "own": own_answers(model, prompts, raw=False, max_new_tokens=count, batch_size=64),
+        "reference": references(model, asked, options.max_new_tokens),
+        "own": own_answers(model, asked, options.max_new_tokens, folder),
     }
     # A text's scores are compared between its halves.
     texts = {
@@ -71,35 +75,28 @@ def main() -> None:
     looks = (options.look,)
     traces, features = {}, {}
     for name, some in texts.items():
-        traces[name] = offramp.record(model.backbone, tqdm(some, mininterval=20), exits)
+        traces[name] = traced(model.backbone, some, exits, AT_ONCE, folder)
         given = [ids[:start] for ids, start in some]
         features[name] = features_of(model.backbone, given, looks)
     arms: list[dict[str, Any]] = []
     for name, score in ARMS:
         table = from_trace(traces[name], model.id, score).with_features(features[name], looks)
-        router, predicted = fit_router(table)
+        router, predicted = fitted_router(table, seed=0, needed=False)
         done = report(table, default_budgets(table.costs), predicted)
         arms.append({"text": name, **as_record(table, done, router)})
         print(name, score, f"full {done.full:.4f}, oracle equals it at {done.smallest:.2f}")
         for row in done.rows:
             print(row)
-    command = (
-        f"python experiments/oracle.py --data {options.data.name} --weights {options.weights} "
-        f"--max-new-tokens {count} --limit {options.limit}"
-        + ("" if options.model is None else " --model MODEL")
-        + " --out results/oracle.json"
-    )
     record = {
-        "command": command,
-        "model": model.name,
+        "command": command(),
+        "model": shown(model.name),
         "plan": None,
         "seed": 0,
         "backbone": model.backbone.name,
         "weights": model.backbone.weights,
         **environment(),
         "deviations": DEVIATIONS,
-        "max_new_tokens": count,
-        "seconds": time.perf_counter() - start,
+        "max_new_tokens": options.max_new_tokens,
         "arms": arms,
     }
     record["comparison"] = comparison(record)
@@ -107,7 +104,7 @@ def main() -> None:
     finish(record, as_json=False, out=options.out)
 
 
-def answered(data: Path) -> list[tuple[str, str]]:
+def with_reference(data: Path) -> list[tuple[str, str]]:
     """Return (prompt, reference) of the rows that have one."""
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
     return [
@@ -125,6 +122,15 @@ def references(model: offramp.Model, asked: list[tuple[str, str]], count: int) -
         answer = model.tokenizer(reference, add_special_tokens=False)["input_ids"][:count]
         texts.append((ids + answer, len(ids)))
     return texts
+
+
+def own_answers(
+    model: offramp.Model, asked: list[tuple[str, str]], count: int, folder: Path
+) -> Texts:
+    """Return prompts with the model's own greedy answers, those kept in ``folder`` first."""
+    prompts = [encode(model.tokenizer, prompt) for prompt, _ in asked]
+    own = answered(Arm("own answers", model, offramp.Plan()), prompts, count, AT_ONCE, folder)
+    return [(ids + new, len(ids)) for ids, new in zip(prompts, own.written, strict=True)]
 
 
 if __name__ == "__main__":

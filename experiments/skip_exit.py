@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import command
+from narrow_arms import shown
 from papers import shown_rows
 from selection_figures import skip_or_exit as comparison
 from torch import Tensor
@@ -31,9 +33,6 @@ from offramp.search.scores import mean_cosine
 from offramp.search.subsets import By, Shrinking
 
 CHUNK = 256
-COMMAND = (
-    "python experiments/skip_exit.py --data wikitext2_test.txt.gz --out results/skip_exit.json"
-)
 DEVIATIONS = (
     "the model: the paper's is OPT-IML 1.3B, first fine-tuned on Alpaca; this one is as it came",
     "WikiText-2, and every token skips; the paper's are answers, whose prompts run all layers",
@@ -50,11 +49,11 @@ def main() -> None:
     parser.add_argument("--model", help="hub id, folder or GGUF file (default: SmolLM2-135M)")
     parser.add_argument("--keep", type=int, nargs="+", default=[6, 12, 18, 24])
     parser.add_argument("--loss-keep", type=int, default=24, help="fewest layers searched by loss")
-    parser.add_argument("--texts", type=int, default=8, help="judged, of 128 tokens")
+    parser.add_argument("--limit", type=int, default=8, help="texts judged, of 128 tokens")
     options = parser.parse_args()
     model = offramp.load(options.model, backbone="hf")  # faster where many rows run at once
     length, searched = 128, 4
-    texts = list(cut(model, options.data, length, options.texts + searched))
+    texts = list(cut(model, options.data, length, options.limit + searched))
     short = [(ids[:64], 1) for ids, _ in texts[:searched]]
     depth = model.backbone.shape.num_layers
     paths = {("exit", n): prefix(n, depth) for n in options.keep}
@@ -72,8 +71,8 @@ def main() -> None:
             print(rows[-1], flush=True)
         tokens, whole = passes.tokens, judged(model, passes, range(depth), full)
     record = {
-        "command": COMMAND,
-        "model": model.name,
+        "command": command(),
+        "model": shown(model.name),
         "seed": None,
         "backbone": model.backbone.name,
         "weights": model.backbone.weights,

@@ -1,11 +1,8 @@
 r"""Does the state help a skip gate? Gates of hidden states, of a fixed input, and chosen paths.
 
-    A="--data data/alpaca_52k/alpaca_data_52k.jsonl.gz --skip-bad --limit 51000 --rows 4"
-    A="$A --learning-rate 1e-4 --tokens 16000"
-    offramp tune --recipe skip --alpha 1 --gate-input hidden $A --out runs/hidden-1
-    offramp tune --recipe skip --alpha 1 --gate-input fixed $A --out runs/fixed-1
-    offramp tune --recipe sft $A --out runs/sft
-    python experiments/skip_gates.py --sft runs/sft --gates runs/hidden-1 runs/fixed-1 \
+    python experiments/tuning.py skip --only sft hidden-1 fixed-1 --data data --runs runs
+    python experiments/skip_gates.py --sft runs/skip-sft \
+        --gates runs/skip-hidden-1 runs/skip-fixed-1 \
         --data data/alpaca_52k/alpaca_data_52k.jsonl.gz --out results/skip_gates.json
 
 The second question of *Dynamic layer selection* (Glavas et al. 2024). Every arm writes the very

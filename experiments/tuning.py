@@ -7,8 +7,11 @@ TASK is one of
 * general: instruction following on Alpaca (non-commercial licence: the weights stay where they are
   made), and what becomes of the last layer. Plain fine-tuning, once and twice; SoFT (whose loss
   is LITE's where a step trains every exit); and from the plain model on: a head per exit, LITE with
-  that model as teacher, a block per exit, all weights after the blocks. About a quarter of an hour
-  each on a core that multiplies bf16.
+  that model as teacher, a block per exit, all weights after the blocks; and the first layers of the
+  default model, cut out and tuned alone. About a quarter of an hour each on a core that multiplies
+  bf16.
+* skip: gates that skip layers, on the hidden state and on a fixed input, at three prices of a
+  layer, and plain fine-tuning for as long.
 * exits: ways of teaching the default model's exits on its own answers to prompts that anyone may
   train on (`open_prompts.py`): a block per exit or an affine map, the model left alone; more of it
   in smaller steps; the exit at 24 alone, on prompts of the model's own, too; adapters; all weights
@@ -22,7 +25,8 @@ TASK is one of
 
 Rows of the narrow tasks are those of ``narrow_data.py``, written to RUNS on the way. Every arm is
 one `offramp tune`, resumable; a second run goes on with what is missing. `narrow.py` then compares
-the narrow models under plans.
+the narrow models under plans. --limit 8 --tokens 800 tries it: in a folder of its own, for what is
+there is not tuned again.
 """
 
 from __future__ import annotations
@@ -35,9 +39,12 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+
+from command import command
 
 import offramp
 from offramp.cli.output import environment
@@ -60,6 +67,8 @@ class Arm:
     options: str
     start: str | None = None
     """The arm whose model this one tunes; the default model otherwise."""
+    cut: int | None = None
+    """How many of the default model's first layers it tunes, cut out; all of them otherwise."""
     of: str | None = None
     """The arm whose answers it learns, too: all are the default model's, to the same prompts."""
 
@@ -71,6 +80,10 @@ _ALPACA = (
     "--held-out 0 --watch {runs}/data/{task}/held.jsonl --save-every 20 "
 )
 _GENERAL = _ALPACA + "--tokens 100000 --rows 4 --rows-at-once 4 "
+_SKIP = (
+    _ALPACA.replace("--length 256 ", "")
+    + "--tokens 24000 --rows 4 --rows-at-once 4 --learning-rate 1e-4 "
+)
 
 
 def _own(rows: int, rate: str) -> str:
@@ -121,6 +134,18 @@ TASKS: dict[str, list[Arm]] = {
             "--recipe lite --readout block --exits 12,18,24 --learning-rate 3e-5 --seed 1 "
             "--teacher {runs}/general-sft --distill 0.7 " + _GENERAL,
             start="blocks",
+        ),
+        *(
+            Arm(f"extracted-{depth}", "--recipe sft --learning-rate 1e-4 " + _GENERAL, cut=depth)
+            for depth in (12, 18, 24)
+        ),
+    ],
+    "skip": [
+        Arm("sft", "--recipe sft " + _SKIP),
+        *(
+            Arm(f"{seen}-{alpha}", f"--recipe skip --alpha {alpha} --gate-input {seen} " + _SKIP)
+            for seen in ("hidden", "fixed")
+            for alpha in ("0.3", "1", "3")
         ),
     ],
     "exits": [
@@ -195,23 +220,30 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
     parser.add_argument("--runs", type=Path, required=True, help="where models and states go")
-    parser.add_argument("--only", help="one arm")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="some arms; all by default")
     parser.add_argument("--limit", type=int, help="only the first N rows, to try it out")
+    parser.add_argument("--tokens", type=int, help="end each arm after so many, likewise")
     parser.add_argument("--out", type=Path, help="results, JSON")
     options = parser.parse_args()
-    _prepare(options.task, options.data, options.runs)
-    arms = [arm for arm in TASKS[options.task] if options.only in (None, arm.name)]
+    names = [arm.name for arm in TASKS[options.task]]
+    if unknown := set(options.only or ()) - set(names):
+        parser.error(f"no arm {', '.join(unknown)} of {options.task}: {', '.join(names)}")
+    arms = [arm for arm in TASKS[options.task] if options.only is None or arm.name in options.only]
+    _prepare(options.task, arms, options)
     for arm in arms:
         folder = options.runs / f"{options.task}-{arm.name}"
         if not (folder / "offramp.json").is_file():
-            command = _command(arm, options.task, options.data, options.runs)
             if arm.of is not None:
                 _share_answers(options.runs / f"{options.task}-{arm.of}", folder)
-            more = ["--limit", str(options.limit)] if options.limit else []
-            subprocess.run([*command, *more, "--out", str(folder)], check=True)
+            if arm.cut is not None:
+                _cut(arm.cut, options.runs)
+            tune = tune_command(arm, options.task, options.data, options.runs)
+            given = {"--limit": options.limit, "--tokens": options.tokens}
+            more = [word for name, n in given.items() if n for word in (name, str(n))]
+            subprocess.run([*tune, *more, "--out", str(folder)], check=True)
     rows = {arm.name: _row(options.runs / f"{options.task}-{arm.name}") for arm in arms}
     result = {
-        "command": f"python experiments/tuning.py {options.task} --data data --runs runs",
+        "command": command(),
         "arms": {arm.name: f"offramp tune {arm.options}" for arm in arms},
         **environment(),
         "rows": rows,
@@ -222,24 +254,28 @@ def main() -> None:
         write_text(options.out, json.dumps(result, indent=1) + "\n")
 
 
-def _prepare(task: str, data: Path, runs: Path) -> None:
+def _prepare(task: str, arms: Sequence[Arm], options: argparse.Namespace) -> None:
     """Write the rows that an arm reads and the data sets do not hold as they are."""
-    out = runs / "data" / task
-    if task == "general":
+    data, limit = options.data, options.limit
+    out = options.runs / "data" / task
+    if task in ("general", "skip"):
         out.mkdir(parents=True, exist_ok=True)
+        held = HELD[:limit]
         with gzip.open(data / "alpaca_52k" / "alpaca_data_52k.jsonl.gz", "rt") as lines:
-            write_text(out / "held.jsonl", "".join(islice(lines, HELD.start, HELD.stop)))
+            write_text(out / "held.jsonl", "".join(islice(lines, held.start, held.stop)))
         return
     if task == "exits":
         script = Path(__file__).with_name("open_prompts.py")
         out.mkdir(parents=True, exist_ok=True)
         made = [sys.executable, str(script), "--data", str(data), "--out"]
         subprocess.run([*made, str(out / "prompts.jsonl")], check=True)
-        if not (out / "own.jsonl").is_file():
-            asked = [sys.executable, str(script), "--own", str(ASKED), "--out"]
-            subprocess.run([*asked, str(out / "own.jsonl")], check=True)
+        own = out / "own.jsonl"
+        if any(own.name in arm.options for arm in arms) and not own.is_file():
+            count = str(min(ASKED, limit or ASKED))
+            subprocess.run([sys.executable, str(script), "--own", count, "--out", own], check=True)
         if not (out / "lite.jsonl").is_file():
-            _answer_lite(data / "lite_test_sets" / "all_730.jsonl", out / "lite.jsonl")
+            watched = min(WATCHED, limit or WATCHED)
+            _answer_lite(data / "lite_test_sets" / "all_730.jsonl", out / "lite.jsonl", watched)
         return
     if not (out / "test.jsonl").is_file():
         script = Path(__file__).with_name("narrow_data.py")
@@ -247,10 +283,10 @@ def _prepare(task: str, data: Path, runs: Path) -> None:
         subprocess.run([*made, "--out", str(out)], check=True)
 
 
-def _answer_lite(prompts: Path, out: Path) -> None:
+def _answer_lite(prompts: Path, out: Path, count: int) -> None:
     """Write what the default model says to some of LITE's prompts: text that no arm learns from."""
     rows = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()]
-    drawn = random.Random(0).sample(rows, WATCHED)
+    drawn = random.Random(0).sample(rows, count)
     asked = ["\n\n".join(filter(None, (row["instruction"], row["input"]))) for row in drawn]
     result = offramp.load(weights="int8").generate(asked, max_new_tokens=96, batch_size=16)
     pairs = zip(asked, result.outputs, strict=True)
@@ -265,8 +301,19 @@ def _share_answers(of: Path, folder: Path) -> None:
         shutil.copy(of / ANSWERS, folder / ANSWERS)
 
 
-def _command(arm: Arm, task: str, data: Path, runs: Path) -> list[str]:
+def _cut(depth: int, runs: Path) -> None:
+    """Write the first layers of the default model as a model of their own."""
+    folder = runs / f"cut-{depth}"
+    if not folder.is_dir():  # export leaves a whole one, or none
+        words = ["export", "--depth", str(depth), "--out", str(folder)]
+        subprocess.run([sys.executable, "-m", "offramp.cli", *words], check=True)
+
+
+def tune_command(arm: Arm, task: str, data: Path, runs: Path) -> list[str]:
+    """Return the `offramp tune` of an arm."""
     start = [] if arm.start is None else [str(runs / f"{task}-{arm.start}")]
+    if arm.cut is not None:
+        start = [str(runs / f"cut-{arm.cut}")]
     filled = arm.options.format(data=data, runs=runs, task=task).split()
     return [sys.executable, "-m", "offramp.cli", "tune", *start, *filled]
 

@@ -98,6 +98,49 @@ def trace_of(run: dict[str, Any], word: str = " word") -> dict[str, Any]:
     }
 
 
+def evaluated(
+    times: dict[str, float], words: Sequence[str] = ("rouge_l_to_full",), **more: Any
+) -> dict[str, Any]:
+    """Return what ``evaluate --json`` prints of tasks whose tokens took so long, full depth = 1."""
+    scores = [
+        {
+            "score": word,
+            "against": "full model",
+            "better": "higher",
+            "plan": {"mean": 0.612, "low": 0.467, "high": 0.758},
+            "full": {"mean": 1.0, "low": 1.0, "high": 1.0},
+            "difference": {"mean": -0.388, "low": -0.533, "high": -0.242, "lower_share": 1.0},
+            "verdict": "worse",
+        }
+        for word in words
+    ]
+    tasks = []
+    for name, ratio in times.items():
+        point = {"name": "this plan", "cost": 0.9, "quality": 0.612, "low": 0.467, "high": 0.758}
+        time = {"median": ratio, "low": ratio - 0.05, "high": ratio + 0.05}
+        tasks.append(
+            {
+                "task": name,
+                "items": 12,
+                "left_out": 1,
+                "mean_depth": 8.25,
+                "flops_ratio": 0.9,
+                "tokens": {"plan": 640, "full": 637},
+                "time_ratio": time,
+                "time_per_token_ratio": time,
+                "scores": scores,
+                "curve": {
+                    "quality": f"{name}: {words[0]}",
+                    "cost": "operations / full depth",
+                    "points": [point],
+                    "full": {"name": "full depth", "cost": 1.0, "quality": 1.0},
+                },
+            }
+        )
+    made = {"format": 1, "verb": "evaluate", **SHARED, "plan": PLAN, "num_layers": LAYERS}
+    return made | {"tasks": tasks} | more
+
+
 def _traced(output: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     chosen, sure = [], []
     for token, depth in zip(output["token_ids"], output["depths"], strict=True):

@@ -19,6 +19,10 @@ import offramp
 from offramp import Exit, GateFile, OfframpError, Plan, Skip, Speculate, Tokens, UsageError
 from offramp.checks import Refined, Shortlist
 from offramp.cli import lm_eval as command
+from offramp.evaluate import items as evaluate
+from offramp.evaluate.kept import Group
+from offramp.evaluate.run import Settings, compare
+from offramp.evaluate.tasks import Kind, Task
 from offramp.gate import fit_gate
 from offramp.harness.lm import OfframpLM
 from offramp.harness.score import Item, Score, _run, method, score
@@ -120,6 +124,62 @@ def test_full_depth_writes_as_the_harness_does(ours: OfframpLM, theirs: HFLM) ->
     options = {"until": [stop, "never"], "max_gen_toks": 12, "do_sample": False}
     requests = asked("generate_until", *[(text, options) for text in TEXTS[::2]])
     assert ours.generate_until(requests) == theirs.generate_until(requests)
+
+
+def logprobs(theirs: HFLM, given: list[list[int]], said: list[list[int]]) -> list[Any]:
+    """What the harness's own model thinks of tokens: (log-probability, whether greedy) each."""
+    pairs = zip(given, said, strict=True)
+    return list(theirs._loglikelihood_tokens([(("", ""), a, b) for a, b in pairs], True))
+
+
+def first_of(theirs: HFLM, prompt: str, text: str) -> list[int]:
+    """The first token of a text behind a prompt."""
+    return list(theirs.tok_encode(prompt + text)[len(theirs.tok_encode(prompt)) :][:1])
+
+
+def agrees_with_evaluate(
+    model: offramp.Model, theirs: HFLM, prompts: list[str], folder: Path, count: int
+) -> None:
+    """Assert that `evaluate`'s full depth is the harness's own model: text, loss and accuracy."""
+    options = {"until": [], "max_gen_toks": count, "do_sample": False}
+    written = theirs.generate_until(asked("generate_until", *[(one, options) for one in prompts]))
+    firsts = [first_of(theirs, *pair) for pair in zip(prompts, written, strict=True)]
+    rights = [model.tokenizer.decode(one) if k % 2 else "~" for k, one in enumerate(firsts)]
+    items = [evaluate.Item(*pair) for pair in zip(prompts, [(r,) for r in rights], strict=True)]
+    kinds: dict[Kind, str] = {"choice": "accuracy", "answer": "rouge_l", "reading": ""}
+    tasks = [
+        (Task(kind, kind, lambda _paths, _draw: items, (score,) if score else ()), items)
+        for kind, score in kinds.items()
+    ]
+    plan = Plan(run=SubModel(layers=tuple(range(model.backbone.shape.num_layers - 1))))
+    settings = Settings(max_new_tokens=count, batch_size=2, raw=True)
+    choice, _, reading = compare(model, plan, tasks, settings, kept=folder / "kept", show=False)
+    groups = map(Group.model_validate_json, (folder / "kept").read_text().splitlines()[1:])
+    answered = [group for group in groups if group.task == "answer"]
+    full = [one for group in answered for one in group.full.answers]
+    plans = [one for group in answered for one in group.plan.answers]
+    assert [one.text for one in full] == written
+    ids = [theirs.tok_encode(prompt) for prompt in prompts]
+    for answers, greedy in ((full, True), (plans, False)):  # both judged by the full model
+        found = logprobs(theirs, ids, [list(one.ids) for one in answers])
+        own = [-(one.loss or 0.0) * len(one.ids) for one in answers]
+        assert own == pytest.approx([logprob for logprob, _ in found], rel=1e-4, abs=1e-3)
+        assert all(said for _, said in found) == greedy
+    golds = [first_of(theirs, *pair) for pair in zip(prompts, rights, strict=True)]
+    right = [said for _, said in logprobs(theirs, ids, golds)]
+    assert 0 < sum(right) < len(right)
+    assert choice.rows[0].full.mean == pytest.approx(sum(right) / len(right))
+    read = logprobs(theirs, [one[:1] for one in ids], [one[1:] for one in ids])
+    loss = -sum(logprob for logprob, _ in read) / sum(len(one) - 1 for one in ids)
+    assert reading.rows[0].full.mean == pytest.approx(loss, rel=1e-4)
+
+
+def test_evaluates_full_depth_is_the_harnesses_own_model(
+    tiny: offramp.Model, theirs: HFLM, tmp_path: Path
+) -> None:
+    """The same items: generated text, log-likelihood of answers and passages, first tokens."""
+    prompts = ["Once there was", "ab", "and then it went", "hills, and rain", "x y", "No. 5"]
+    agrees_with_evaluate(tiny, theirs, prompts, tmp_path, 7)
 
 
 def test_each_request_has_its_own_options(ours: OfframpLM) -> None:
@@ -453,3 +513,11 @@ def test_smollm2_scores_and_writes_as_the_harness_does(smol: offramp.Model) -> N
     options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
     requests = asked("generate_until", ("Water boils at", options), ("Two and two", options))
     assert ours.generate_until(requests) == theirs.generate_until(requests)
+
+
+@pytest.mark.real
+def test_evaluates_smollm2_is_the_harnesses_own(smol: offramp.Model, tmp_path: Path) -> None:
+    """The same on real text."""
+    theirs = HFLM(pretrained=smol.backbone.model, tokenizer=smol.tokenizer, batch_size=1)  # type: ignore[attr-defined]
+    prompts = ["Water boils at", "The capital of France is", "Two and two", "Once upon a time"]
+    agrees_with_evaluate(smol, theirs, prompts, tmp_path, 8)

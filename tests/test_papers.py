@@ -6,6 +6,9 @@ import gzip
 import importlib.util
 import json
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -13,13 +16,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import adainfer
 import kept
 import lite
+import oracle
 import papers
 import pytest
+import skip_exit
 import sorted as sorted_llama
 import sorted_figures
 import torch
+import tuning
+from adainfer_tasks import TASKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import Kept, answered, first_rows, traced
@@ -33,6 +41,9 @@ from offramp.cost import full_depth
 from offramp.plan import execute
 from offramp.request import Request
 from tests.conftest import save_tiny
+from tests.test_cli import Shell, shell
+
+__all__ = ["shell"]
 
 ROOT = Path(__file__).parent.parent
 LAW = settings(deadline=None, max_examples=60)
@@ -198,6 +209,33 @@ def test_a_kept_trace_is_the_trace(tiny: offramp.Model, tmp_path: Path) -> None:
     assert saved == sorted(saved, reverse=True)  # a stricter bar saves no more
 
 
+def test_nothing_kept_is_of_another_model_or_version(
+    tiny: offramp.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer or a trace made by anything else is made again, and neither lies over the other."""
+    other = offramp.load(str(save_tiny(tmp_path / "other", seed=7)), backbone="hf")
+    folder = tmp_path / "kept"
+
+    def made(model: offramp.Model) -> tuple[Any, int]:
+        texts = [(prompt, 1) for prompt in PROMPTS]
+        done = answered(Arm("a", model, offramp.Plan()), PROMPTS, 5, 4, folder)
+        plain, hidden = (
+            traced(model.backbone, texts, (2, 4), 4, folder, keep_hidden=one)
+            for one in (False, True)
+        )
+        assert plain.hidden is None
+        assert hidden.hidden is not None
+        assert plain.fingerprint == hidden.fingerprint == model.backbone.fingerprint
+        return done, len(list(folder.iterdir()))
+
+    own, first = made(tiny)
+    assert first == 3
+    assert made(other)[1] == 2 * first
+    assert made(tiny) == (own, 2 * first)
+    monkeypatch.setattr(kept, "versions", lambda: {"torch": "another"})
+    assert made(tiny) == (own, 3 * first)
+
+
 def test_the_same_answers_are_as_good(tiny: offramp.Model, tmp_path: Path) -> None:
     """Every likeness of a text to itself is whole, an empty one's too."""
     full = answered(Arm("a", tiny, offramp.Plan()), PROMPTS, 8, 3, tmp_path)
@@ -229,6 +267,14 @@ def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     _write(folder / "lite_test_sets" / "all_730.jsonl", rows)
     _write(folder / "pandalm_test" / "prompts_unique.jsonl", rows)
+    for name in ("antonym", "present-past"):
+        pairs = [{"input": f"in{i}", "output": f"{'ab'[i % 2]}{i}"} for i in range(14)]
+        place = folder / "function_vectors" / "abstractive" / f"{name}.json"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(pairs))
+    reviews = "".join(f"{i % 2} it is {word}\n" for i, word in enumerate("abcdefghijklmn"))
+    (folder / "sst2_and_small_cls").mkdir()
+    (folder / "sst2_and_small_cls" / "stsa.binary.dev").write_text(reviews)
     learnt = [{"instruction": f"Tell {i}", "input": "", "output": f"It is {i}."} for i in range(9)]
     _write(folder / "alpaca_52k" / "alpaca_data_52k.jsonl.gz", learnt)
     return folder
@@ -295,6 +341,28 @@ def test_lite_ends_in_a_table(
     assert text.count("\n| paper's thresholds | ") == 5 + 1  # sets and all; tokens by depth
 
 
+@pytest.mark.parametrize("kept_out", [4, 0])
+def test_what_became_of_the_last_layer_is_what_tuning_told(
+    shell: Shell, checkpoint: Path, tmp_path: Path, kept_out: int
+) -> None:
+    """On rows kept out; a tuning that kept none out watched others."""
+    rows = [{"prompt": f"Say {i}", "completion": f"it is {i}"} for i in range(12)]
+    for name, some in (("learnt", rows), ("watched", rows[:5])):
+        _write(tmp_path / f"{name}.jsonl", some)
+    status, _, _ = shell(
+        *("tune", checkpoint, "--recipe", "sft", "--length", 64, "--precision", "fp32"),
+        *("--data", tmp_path / "learnt.jsonl", "--held-out", kept_out),
+        *("--watch", tmp_path / "watched.jsonl", "--out", tmp_path / "tuned"),
+    )
+    assert status == 0
+    told = json.loads((tmp_path / "tuned" / "report.json").read_text())
+    text = next(name for name in told["after"] if ("held out" in name) == bool(kept_out))
+    losses = lite._last_layer(tmp_path / "tuned")
+    assert losses == {when: told[when][text][-1]["loss"] for when in ("before", "after")}
+    assert losses["before"] != losses["after"]
+    assert lite._last_layer(checkpoint) is None
+
+
 def test_sorted_ends_in_a_table(
     run: Callable[..., Any],
     checkpoint: Path,
@@ -324,6 +392,80 @@ def test_sorted_ends_in_a_table(
     assert "sorted against extracted, depth 4" in rows
 
 
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Return a function that runs an experiment with these words alone, and returns its record."""
+
+    def once(program: ModuleType, *words: object) -> Any:
+        out = tmp_path / "out.json"
+        called = [f"{program.__name__}.py", *map(str, words), "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", called)
+        program.main()
+        record = json.loads(out.read_text())
+        folders = [str(word) for word in words if "/" in str(word)]
+        assert not [place for place in [str(tmp_path), *folders] if place in out.read_text()]
+        names = [Path(str(word)).name if "/" in str(word) else str(word) for word in words]
+        shown = f"python experiments/{called[0]} {' '.join(names)} --out out.json"
+        assert record["command"] == shown
+        return record
+
+    return once
+
+
+def test_adainfer_does_not_mix_models(
+    alone: Callable[..., Any],
+    data: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One place for results, two models: each has its own traces, and the first its own figures."""
+    some = {name: TASKS[name] for name in ("sst2", "antonym", "present-past")}
+    monkeypatch.setattr(adainfer, "TASKS", some)
+    monkeypatch.setattr(adainfer, "CHECKS", (offramp.checks.FULL_HEAD,))
+    words = ("--exits", "2,4", "--weights", "fp32", "--data", data, "--limit", 6)
+    other = save_tiny(tmp_path / "other", seed=5)
+    first, second = (alone(adainfer, model, *words) for model in (checkpoint, other))
+    assert first["tasks"] != second["tasks"]
+    kept_files = len(list((tmp_path / "out.answers").iterdir()))
+    again = alone(adainfer, checkpoint, *words)
+    assert (again["tasks"], again["rows"]) == (first["tasks"], first["rows"])
+    assert len(list((tmp_path / "out.answers").iterdir())) == kept_files
+    assert [facts["texts"] for facts in first["tasks"].values()] == [6, 6, 6]
+
+
+def test_the_oracle_goes_on_and_is_cut_down(
+    alone: Callable[..., Any], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run answers and traces nothing, and says the same."""
+    some = [arm for arm in oracle.ARMS if arm[1] != "match"]  # a random model never matches
+    monkeypatch.setattr(oracle, "ARMS", some)
+    rows = [
+        {"instruction": f"Say {i}", "input": "", "reference": f"It is {i * 7}, no more."}
+        for i in range(30)
+    ]
+    _write(tmp_path / "asked.jsonl", [*rows, {"instruction": "x", "input": "", "reference": ""}])
+    few = ("--first", 3, "--look", 2, "--max-new-tokens", 8, "--limit", 24)
+    words = ("--data", tmp_path / "asked.jsonl", "--model", checkpoint, *few)
+    first = alone(oracle, *words)
+    assert max(arm["texts"] for arm in first["arms"]) <= 24
+    monkeypatch.setattr(kept, "record", None)
+    monkeypatch.setattr(kept, "answer_all", None)
+    assert alone(oracle, *words) == first
+
+
+def test_skip_exit_says_how_it_was_called(
+    alone: Callable[..., Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    """And judges as many texts as it was told."""
+    text = tmp_path / "text.txt"
+    text.write_text("A line of words, and one more. " * 120)
+    words = ("--data", text, "--model", checkpoint, "--keep", 4, "--loss-keep", 5, "--limit", 2)
+    record = alone(skip_exit, *words)
+    assert record["tokens"] == 2 * 127
+    assert {row["arm"] for row in record["rows"]} == {"exit", "uls", "cosine"}
+
+
 def test_what_is_not_lossless_ends_the_run(tiny: offramp.Model) -> None:
     """A draft that wrote another token, in full precision."""
     full = Kept([[5]], [[7, 8]], [[6, 6]], [1.0], {})
@@ -347,6 +489,73 @@ def test_the_commands_that_make_the_models_parse() -> None:
     for _, verb, *arguments in shown:
         known = {option for parameter in verbs[verb].params for option in parameter.opts}
         assert {word for word in arguments if word.startswith("--")} <= known
+
+
+TARGETS = ("paper-lite", "paper-adainfer", "paper-layers", "paper-sorted", "policies")
+
+
+def _recipe(target: str, *words: str) -> list[list[str]]:
+    """Return the commands of experiments that a target would run, as words."""
+    asked = ["make", "--dry-run", "--old-file=.venv/.ready", target, *words]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[1:] for line in lines if "experiments/" in line]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize("limit", [(), ("LIMIT=3",)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_target_tunes_what_its_experiments_read(target: str, limit: tuple[str, ...]) -> None:
+    """Arms that exist, behind those they start from; options that exist; a try spares results."""
+    runs, out = ("runs-3", "runs-3") if limit else ("runs", "results")
+    made: set[str] = set()
+    for script, *words in _recipe(target, "DATA=data", *limit):
+        source = (ROOT / script).read_text()
+        options = [word for word in words if word.startswith("--")]
+        assert [option for option in options if f'"{option}"' not in source] == (
+            [one for one in ("--sorted", "--sft", "--ict") if one in words and "sorted" in script]
+        )
+        assert ("--limit" in options) == bool(limit)
+        if script.endswith("tuning.py"):
+            task = next(word for word in words if word in tuning.TASKS)
+            named = words[words.index("--only") + 1 :] if "--only" in words else None
+            for arm in tuning.TASKS[task]:
+                if named is None or arm.name in named:
+                    assert arm.start is None or f"{runs}/{task}-{arm.start}" in made
+                    made.add(f"{runs}/{task}-{arm.name}")
+            continue
+        written = words[words.index("--out") + 1]
+        assert written.startswith(f"{out}/")
+        assert limit or (ROOT / written).is_file()
+        models = {word for word in words if word.startswith(f"{runs}/")} - {written}
+        assert models <= made
+    assert made
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_a_target_asks_for_the_data() -> None:
+    """Before anything is run."""
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        _recipe("paper-lite")
+    assert "say DATA=" in failed.value.stderr
+
+
+def test_every_arm_can_be_tuned() -> None:
+    """Its options are those of `offramp tune`; a try changes how much, and nothing else."""
+    from typer.main import get_command
+
+    from offramp.cli import app
+
+    verbs = get_command(app).commands  # type: ignore[attr-defined]
+    known = {option for parameter in verbs["tune"].params for option in parameter.opts}
+    for task, arms in tuning.TASKS.items():
+        names = [arm.name for arm in arms]
+        assert len(set(names)) == len(names)
+        for arm in arms:
+            words = tuning.tune_command(arm, task, Path("data"), Path("runs"))
+            assert {word for word in words if word.startswith("--")} <= known
+            assert (arm.start, arm.of) == (None, None) or {arm.start, arm.of} - {None} <= set(names)
+            assert arm.cut is None or words[4] == f"runs/cut-{arm.cut}"
 
 
 def test_a_draft_is_compared_with_the_papers_nearest() -> None:

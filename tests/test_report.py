@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,18 +13,19 @@ import pytest
 
 from offramp.errors import OfframpError
 from offramp.reliability import share_interval
-from offramp.report.charts import draw_curve
+from offramp.report.charts import draw_curve, draw_reliability
 from offramp.report.page import embedded, render
 from offramp.report.read import read_run
-from offramp.report.runs import Curve
+from offramp.report.runs import Curve, ExitRow
 from offramp.report.sections import arrange
 from offramp.text import pieces
 from tests.conftest import byte_tokenizer
-from tests.runs import FULL, generated, saved, trace_of
+from tests.runs import FULL, evaluated, generated, saved, trace_of
 from tests.test_cli import Shell, shell
 
 __all__ = ["shell"]
 
+ROOT = Path(__file__).parent.parent
 EVIL = (
     "<script>alert(1)</script>",
     "</script><img src=x onerror=alert(1)>",
@@ -69,6 +71,10 @@ def test_no_text_of_a_run_becomes_markup(tmp_path: Path) -> None:
     word["model"] = EVIL[1]
     word["curve"]["points"][0]["name"] = word["curve"]["quality"] = EVIL[3]
     hostile = page_of(tmp_path, run=bad, full=bad | {"plan": FULL}, trace=word)
+    good_scores, bad_scores = evaluated({"a": 2.0}), evaluated({EVIL[0]: 2.0}, (EVIL[1],))
+    bad_scores["tasks"][0]["scores"][0] |= {"against": EVIL[2], "verdict": EVIL[3]}
+    shown += page_of(tmp_path, scores=good_scores)
+    hostile += page_of(tmp_path, scores=bad_scores)
     plain, attacked = Seen(shown), Seen(hostile)
     drawn = {"path", "circle", "text", "line", "g", "rect", "title", "polyline"}
     assert [t for t in plain.tags if t not in drawn] == [t for t in attacked.tags if t not in drawn]
@@ -159,6 +165,83 @@ def test_points_dearer_than_full_depth_are_told_apart() -> None:
     assert drawn.count('fill="#ffffff"') == 1
 
 
+def test_a_comparison_says_what_it_cost_and_what_became_of_quality(tmp_path: Path) -> None:
+    """Time of each task, an alert for those that are slower and no other, scores with intervals."""
+    page = page_of(tmp_path, mixed=evaluated({"koala": 1.2, "vicuna": 0.8}))
+    seen = Seen(page).text
+    assert "Slower than full depth: koala (a token took 1.20 times as long)." in seen
+    assert "A token takes 0.80 to 1.20 of full depth's time, at 0.90 of its operations." in seen
+    for said in ("time / full depth, koala", "1.20x", "12, 1 too long", "8.2 of 12", "640 / 637"):
+        assert said in seen
+    assert page.count('<td class="bad">1.20 (1.15 to 1.25)</td>') == 2
+    assert "<td>0.80 (0.75 to 0.85)</td>" in page
+    assert "<td>0.61\n(0.47 to 0.76)</td><td>1.00</td><td>-0.39\n(-0.53 to -0.24)</td>" in page
+    assert page.count('<td class="bad">worse</td>') == page.count("<figure") == 2
+    fast = page_of(tmp_path, fast=evaluated({"koala": 0.8}))
+    assert "Slower" not in fast
+    longer = evaluated({"koala": 0.8})
+    longer["tasks"][0]["time_ratio"] = {"median": 1.5, "low": 1.4, "high": 1.6}
+    assert "koala (longer answers took 1.50 times as long)" in page_of(tmp_path, longer=longer)
+
+
+def test_names_of_points_lie_on_nothing() -> None:
+    """Neither on each other nor on a mark or an interval, however near the points are."""
+    draw = random.Random(2)
+    told = 0
+    for _ in range(40):
+        points = [
+            {"name": f"point {i}", "cost": draw.uniform(0.1, 1.3), "quality": q, "low": q - 0.1,
+             "high": q + 0.1}
+            for i, q in enumerate(draw.choices((0.5, 0.55, 0.9), k=4))
+        ]  # fmt: skip
+        full = {"name": "full depth", "cost": 1, "quality": 0.9}
+        facts = {"quality": "q", "cost": "c", "full": full, "points": points}
+        drawn = str(draw_curve(Curve.model_validate_json(json.dumps(facts))))
+        names = re.findall(r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>(point \d|full depth)<', drawn)
+        boxes = [(float(x), float(y) - 10, float(x) + 6 * len(n), float(y)) for x, y, n in names]
+        reference = r'<text x="([\d.]+)" y="([\d.]+)"[^>]*>cost of full depth<'
+        ends = [(float(x), float(y)) for x, y in re.findall(reference, drawn)]
+        boxes += [(x - 6 * 18, y - 10, x, y) for x, y in ends]
+        marks = [
+            (float(x) - 5, float(y) - 5, float(x) + 5, float(y) + 5)
+            for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)
+        ]
+        told += len(boxes)
+        for i, box in enumerate(boxes):
+            for other in [*boxes[:i], *marks]:
+                apart = box[0] >= other[2] or other[0] >= box[2]
+                assert apart or box[1] >= other[3] or other[1] >= box[3]
+            assert box[0] >= 46  # where the axis is
+    assert told > 40 * 3
+
+
+def test_panels_of_reliability_do_not_touch() -> None:
+    """Every word about an exit ends before the next panel begins."""
+    bins = [{"tokens": 9, "confidence": 0.9, "agreement": 0.7}]
+    rows = [ExitRow.model_validate({"depth": d, "reliability": tuple(bins)}) for d in (24, 28, 30)]
+    drawn = str(draw_reliability(rows))
+    frames = [float(x) for x in re.findall(r'<rect x="([\d.]+)"', drawn)]
+    said = re.findall(r'<text x="([\d.]+)"[^>]*>((?:exit|over|right)[^<]*)<', drawn)
+    assert [word for _, word in said][:2] == ["exit 24", "over-confident by 20%"]
+    assert len(said) == 3 * 3
+    for x, word in said:
+        after = [frame - 30 for frame in frames if frame > float(x)]  # numbers stand before it
+        assert float(x) + 6.6 * len(word) <= min(after, default=560)
+
+
+def test_a_short_head_behind_the_last_layer_is_told_from_it(tmp_path: Path) -> None:
+    """Both are at the same depth: the page says which is the whole model's."""
+    run = generated(["a"], tokens=2)
+    trace = trace_of(run)
+    trace["exits"] = [*trace["exits"], 12]
+    text = trace["texts"][0]
+    text["chosen"] = [[*row, row[-1]] for row in text["chosen"]]
+    text["scores"]["max_prob"] = [[*row, 0.5] for row in text["scores"]["max_prob"]]
+    page = page_of(tmp_path, run=run, trace=trace)
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert data["sections"][0]["depths"] == [*range(1, 13), "12, all"]
+
+
 def test_a_page_of_fifty_answers_is_small(tmp_path: Path) -> None:
     """With every exit of 100 tokens each: under 5 MB."""
     run = generated([f"prompt {i}" for i in range(50)], tokens=100)
@@ -179,6 +262,9 @@ def test_a_page_of_fifty_answers_is_small(tmp_path: Path) -> None:
         ('{"outputs": []}', "generate it again"),
         (json.dumps(generated() | {"num_layers": "many"}), "num_layers"),
         (json.dumps({"curve": {"points": []}}), "curve.quality"),
+        (json.dumps({"curve": [{"name": "a"}], "rounds": 3}), "no run that a report can show"),
+        (json.dumps({"rows": [], "rounds": 3}), "no run that a report can show"),
+        (json.dumps(evaluated({})), "no examples"),
     ],
 )
 def test_what_is_no_run_is_refused(shell: Shell, tmp_path: Path, content: str, words: str) -> None:
@@ -187,6 +273,16 @@ def test_what_is_no_run_is_refused(shell: Shell, tmp_path: Path, content: str, w
     file.write_text(content)
     shell.refused(1, words, "report", file, "--out", tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda p: p.stem)
+def test_a_record_is_what_it_says_it_is(path: Path) -> None:
+    """Of the records that are kept, those of a verb are shown, and experiments' are refused."""
+    if "verb" in json.loads(path.read_text()):
+        assert render(arrange([(path.name, read_run(path))]))
+        return
+    with pytest.raises(OfframpError, match="is no run that a report can show: give the JSON of"):
+        read_run(path)
 
 
 def test_columns_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from offramp.report.page import write_page
 from offramp.report.read import read_run
 from offramp.report.sections import arrange
 from tests.conftest import CHROMIUM
-from tests.runs import FULL, generated, saved, trace_of
+from tests.runs import FULL, evaluated, generated, saved, trace_of
 from tests.test_report import EVIL
 
 if TYPE_CHECKING:
@@ -161,6 +161,26 @@ def test_words_can_be_read_in_both_themes(browser: Browser, path: Path, scheme: 
     assert other == ("dark" if scheme == "light" else "light")
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_comparison_can_be_read(browser: Browser, tmp_path: Path, scheme: str) -> None:
+    """Its tables beside its pictures, as wide as there is room, in both themes; no complaint."""
+    [file] = saved(tmp_path, result=evaluated({"koala": 1.2, "vicuna": 0.8}))
+    page = tmp_path / "r.html"
+    write_page(page, arrange([(file.name, read_run(file))]))
+    opened = Opened(browser, page, color_scheme=scheme)
+    found = opened.page.evaluate(_CONTRASTS)
+    assert {kind for kind, _ in found} >= {"alert", "bad", "TD", "TH"}
+    assert {kind: ratio for kind, ratio in found if ratio < 4.5} == {}
+    figure = opened.page.locator("figure").first
+    picture, table = (figure.locator(name).bounding_box() for name in ("svg", "table"))
+    assert picture is not None
+    assert table is not None
+    assert picture["x"] + picture["width"] <= table["x"]
+    wide = "[...document.querySelectorAll('.wide')].every((el) => el.scrollWidth <= el.clientWidth)"
+    assert opened.page.evaluate(wide)
+    assert opened.complaints == []
+
+
 _CONTRASTS = """() => {
   const rgb = (css) => css.match(/[\\d.]+/g).map(Number);
   const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
@@ -172,7 +192,7 @@ _CONTRASTS = """() => {
       if (found.length < 4 || found[3] === 1) return found;
     }
   };
-  const kinds = ".legend .t, .alert:not([hidden]), .small, .prompt, h1, .about";
+  const kinds = ".legend .t, .alert:not([hidden]), .small, .prompt, h1, .about, .facts :is(th, td)";
   return [...document.querySelectorAll(kinds)].map((el) => {
     const both = [light(rgb(getComputedStyle(el).color)), light(behind(el))];
     const [a, b] = both.sort((x, y) => y - x);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from markupsafe import Markup
 
@@ -23,6 +23,9 @@ from offramp.report.svg import (
     words,
 )
 from offramp.shown import visible
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
 
 _WIDE = 560
 _PANELS = 6
@@ -53,13 +56,16 @@ def draw_curve(curve: Curve) -> Markup:
     parts += [
         rule(x(1), top, x(1), bottom, kind="ink", stroke_dasharray="5 4"),
         rule(left, full_y, right, full_y, kind="ink", stroke_dasharray="5 4"),
-        words(x(1) - 5, bottom - 8, "cost of full depth", kind="soft", text_anchor="end"),
     ]
     if most > 1.2:
         parts.append(words(right - 5, bottom - 8, "dearer", kind="soft", text_anchor="end"))
     parts += [_mark(point, x, y, curve.full.cost) for point in curve.points]
     parts.append(_mark(curve.full, x, y, curve.full.cost, full=True))
-    parts += _labels([*curve.points, curve.full], x, y, right)
+    names, taken = _labels([*curve.points, curve.full], x, y, (left, right))
+    parts += names
+    if not any(_meet((x(1) - 125, bottom - 20, x(1) - 5, bottom - 6), box) for box in taken):
+        said = "cost of full depth"
+        parts.append(words(x(1) - 5, bottom - 8, said, kind="soft", text_anchor="end"))
     parts += [
         words((left + right) / 2, bottom + 40, visible(curve.cost), text_anchor="middle"),
         words(left, 14, visible(curve.quality)),
@@ -111,21 +117,50 @@ def _mark(point: Point, x: Scale, y: Scale, reference: float, *, full: bool = Fa
     return tag("g", tag("title", visible(f"{said} {point.note}".strip())), *parts)
 
 
-def _labels(points: Sequence[Point], x: Scale, y: Scale, right: float) -> list[Markup]:
-    """Name the points, the last first, those whose name would lie on another's left out."""
-    taken: list[tuple[float, float, float]] = []
+def _labels(
+    points: Sequence[Point], x: Scale, y: Scale, across: tuple[float, float]
+) -> tuple[list[Markup], list[Box]]:
+    """Name the points, the last first, where no other name, mark or interval is; or not at all.
+
+    Return the names, and where anything is then.
+    """
+    taken = [_reach(point, x, y) for point in points]
     parts = []
     for point in reversed(points):
         said = visible(point.name if not point.note else f"{point.name}: {point.note}")[:60]
-        wide = 6.6 * len(said)
-        ends = x(point.cost) + 10 + wide > right
-        start = x(point.cost) - 10 - wide if ends else x(point.cost) + 10
-        row = y(point.quality) + (16 if ends else 4)
-        if any(abs(row - r) < 13 and start < b and a < start + wide for a, b, r in taken):
-            continue
-        taken.append((start, start + wide, row))
-        parts.append(words(start, row, said, text_anchor="start"))
-    return parts
+        place = next(
+            (
+                box
+                for box in _places(x(point.cost), y(point.quality), 6.6 * len(said), across)
+                if not any(_meet(box, other) for other in taken)
+            ),
+            None,
+        )
+        if place is not None:
+            taken.append(place)
+            parts.append(words(place[0], place[3] - 1, said, text_anchor="start"))
+    return parts, taken
+
+
+def _reach(point: Point, x: Scale, y: Scale) -> Box:
+    """Return where a point's mark and its interval are."""
+    at, ends = x(point.cost), [y(point.quality)]
+    ends += [y(end) for end in (point.low, point.high) if end is not None]
+    return at - 6, min(ends) - 5, at + 6, max(ends) + 5
+
+
+def _places(px: float, py: float, wide: float, across: tuple[float, float]) -> Iterator[Box]:
+    """Yield where a name may stand: behind its point, before and below it, before and above it."""
+    left, right = across
+    if px + 10 + wide <= right:
+        yield px + 10, py - 7, px + 10 + wide, py + 5
+    for row in (py + 17, py - 7) if px - 10 - wide >= left else ():
+        yield px - 10 - wide, row - 12, px - 10, row
+
+
+def _meet(box: Box, other: Box) -> bool:
+    across = box[0] < other[2] and other[0] < box[2]
+    return across and box[1] < other[3] and other[1] < box[3]
 
 
 def draw_depths(counts: Mapping[int, int], num_layers: int) -> Markup:
@@ -171,15 +206,15 @@ def draw_reliability(rows: Sequence[ExitRow], wanted: Sequence[int] = ()) -> Mar
     chosen = [row for row in known if row.depth in wanted] or known
     stride = -(-len(chosen) // _PANELS)
     shown = chosen[::-1][::stride][::-1]  # counted from the deepest
-    side, gap, left, top = 130, 56, 34, 40
+    side, gap, left, top = 130, 56, 34, 48
     per_row = 3
     parts: list[Markup] = []
     for place, row in enumerate(shown):
-        at = (left + place % per_row * (side + gap), top + place // per_row * (side + 76))
+        at = (left + place % per_row * (side + gap), top + place // per_row * (side + 88))
         parts += _panel(row, at, side)
     lines = -(-len(shown) // per_row)
     label = "confidence against agreement with the last layer, per exit"
-    return document(_WIDE, lines * (side + 76) + 14, parts, label)
+    return document(_WIDE, lines * (side + 88) + 14, parts, label)
 
 
 def _panel(row: ExitRow, at: tuple[float, float], side: float) -> list[Markup]:
@@ -213,7 +248,8 @@ def _panel(row: ExitRow, at: tuple[float, float], side: float) -> list[Markup]:
     ]
     line = " ".join(f"{x(b.confidence):.1f},{y(b.agreement):.1f}" for b in bins)
     return [
-        words(left, top - 10, f"exit {row.depth}: {worth}", font_weight=600),
+        words(left, top - 23, f"exit {row.depth}", font_weight=600),
+        words(left, top - 8, worth),
         tag(
             "rect", x=left, y=top, width=side, height=side, class_="frame", fill="none", stroke=LINE
         ),
@@ -222,5 +258,5 @@ def _panel(row: ExitRow, at: tuple[float, float], side: float) -> list[Markup]:
         *dots,
         *numbers,
         words(left + side / 2, top + side + 32, "confidence", kind="soft", text_anchor="middle"),
-        words(left + side + 8, top + side / 2, "right", kind="soft"),
+        words(left + 6, top + 15, "right", kind="soft"),
     ]

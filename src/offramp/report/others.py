@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from offramp.report.parts import Figure
-from offramp.report.runs import BenchRun, Curve, EvaluateRun, Timed, TraceRun, TuneRun
-from offramp.report.words import depth_figures, describe, mean_depth
+from offramp.report.parts import Figure, Table
+from offramp.report.runs import (
+    BenchRun,
+    Curve,
+    Estimate,
+    EvaluateRun,
+    JudgedTask,
+    Timed,
+    TraceRun,
+    TuneRun,
+)
+from offramp.report.words import SLOWER, depth_figures, describe, mean_depth
 from offramp.shown import visible
 
 
@@ -18,7 +27,7 @@ def curve_caption(curve: Curve) -> str:
     said = "Up is better, left is cheaper. The square is full depth."
     said += " Bars are 95% intervals." if bars else " Intervals are not known here."
     if dearer:
-        said += f" {dearer} of {len(curve.points)} are dearer than full depth (white)."
+        said += f" {dearer} of {len(curve.points)} are dearer than full depth (hollow)."
     return said
 
 
@@ -95,13 +104,96 @@ def about_comparison(run: EvaluateRun) -> str:
 
 def comparison_headline(run: EvaluateRun) -> str:
     """Return a comparison with full depth in one sentence."""
-    said = [
-        f"{visible(one.task)} {point.quality:.3g} at {point.cost:.2f} of the operations, where "
-        f"full depth has {one.curve.full.quality:.3g} ({one.items} items)"
+    times = _range(one.time_per_token_ratio.mean for one in run.tasks)
+    work = _range(one.flops_ratio for one in run.tasks)
+    return f"A token takes {times} of full depth's time, at {work} of its operations."
+
+
+def _range(values: Iterable[float]) -> str:
+    """Return the least and the largest, once where they look alike."""
+    found = [f"{value:.2f}" for value in sorted(values)]
+    return found[0] if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
+
+
+def comparison_figures(run: EvaluateRun) -> list[Figure]:
+    """Return the time of a token of each task."""
+    return [
+        Figure(
+            f"time / full depth, {visible(one.task)}",
+            f"{one.time_per_token_ratio.mean:.2f}x",
+            f"per token; {one.items} items, batch by batch in turns",
+            bad=one.time_per_token_ratio.mean > SLOWER,
+        )
         for one in run.tasks
-        for point in one.curve.points
     ]
-    return f"{'; '.join(said)}."
+
+
+def slower_tasks(run: EvaluateRun) -> list[str]:
+    """Return where a comparison's plan is slower than full depth, in words."""
+    named = []
+    for one in run.tasks:
+        if one.time_per_token_ratio.mean > SLOWER:
+            ratio = one.time_per_token_ratio.mean
+            named.append(f"{visible(one.task)} (a token took {ratio:.2f} times as long)")
+        elif one.time_ratio.mean > SLOWER:
+            ratio = one.time_ratio.mean
+            named.append(f"{visible(one.task)} (longer answers took {ratio:.2f} times as long)")
+    return [f"Slower than full depth: {'; '.join(named)}."] if named else []
+
+
+def costs_table(run: EvaluateRun) -> Table:
+    """Return what the plan cost on each task."""
+    ratios = [(one.flops_ratio, one.time_per_token_ratio, one.time_ratio) for one in run.tasks]
+    rows = [
+        (
+            visible(one.task),
+            f"{one.items}" + (f", {one.left_out} too long" if one.left_out else ""),
+            f"{one.mean_depth:.1f} of {run.num_layers}",
+            f"{one.flops_ratio:.2f}",
+            f"{one.tokens.get('plan', 0):,} / {one.tokens.get('full', 0):,}",
+            _told(one.time_per_token_ratio),
+            _told(one.time_ratio),
+        )
+        for one in run.tasks
+    ]
+    dear = {
+        (row, column)
+        for row, (work, token, whole) in enumerate(ratios)
+        for column, ratio in ((3, work), (5, token.mean), (6, whole.mean))
+        if ratio > SLOWER
+    }
+    return Table(
+        "What it cost, full depth = 1; times are medians with quartiles over batches",
+        ("task", "items", "mean depth", "operations", "tokens, plan / full", "time of a token",
+         "time of an answer"),
+        rows,
+        dear,
+    )  # fmt: skip
+
+
+def scores_table(one: JudgedTask) -> Table:
+    """Return the scores of a task with their intervals, beside full depth's."""
+    rows = [
+        (
+            f"{visible(row.score.replace('_', ' '))}\nagainst {visible(row.against)}",
+            _told(row.plan, between="\n"),
+            _told(row.full, between="\n"),
+            _told(row.difference, "+", between="\n"),
+            visible(row.verdict),
+        )
+        for row in one.scores
+    ]
+    harm = {(i, 4) for i, row in enumerate(one.scores) if row.verdict == "worse"}
+    head = ("score", "this plan", "full depth", "difference", "verdict")
+    return Table("Scores with 95% intervals over items", head, rows, harm)
+
+
+def _told(value: Estimate, sign: str = "", *, between: str = " ") -> str:
+    """Return a value with its interval, unless that has no width."""
+    mean = f"{value.mean:{sign}.2f}"
+    if value.low == value.high:
+        return mean
+    return f"{mean}{between}({value.low:{sign}.2f} to {value.high:{sign}.2f})"
 
 
 def tune_headline(run: TuneRun) -> str:

@@ -48,9 +48,10 @@ const table = (token, where) => {
     const row = document.createElement("tr");
     const depth = where.section.depths[column];
     row.classList.toggle("same", id === last);
-    row.classList.toggle("here", String(depth) === token.dataset.d);
+    const here = parseInt(depth) === Number(token.dataset.d);
+    row.classList.toggle("here", here);
     const sure = where.known.sure[where.at][column];
-    row.append(make("td", depth + (String(depth) === token.dataset.d ? " ◀" : "")));
+    row.append(make("td", depth + (here ? " ◀" : "")));
     row.append(make("td", where.section.vocabulary[id]), make("td", sure === undefined ? "" : `${sure}%`));
     return row;
   });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +22,25 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Rows of words, the first of each its name; those in ``bad`` are slow-downs or harm."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    bad: Collection[tuple[int, int]] = ()
+    """(row, column) of what is told apart."""
+
+
+@dataclass(frozen=True)
 class Picture:
-    """A chart, with the words around it."""
+    """A chart, with the words around it, and perhaps a table beside it."""
 
     name: str
     title: str
     caption: str
     svg: Markup
+    table: Table | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,7 @@ class Section:
     figures: list[Figure] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
     """What would be seen with another run, and the command that makes it."""
+    table: Table | None = None
     pictures: list[Picture] = field(default_factory=list)
     texts: list[Text] = field(default_factory=list)
     left_out: int = 0

@@ -59,10 +59,10 @@ def read_run(path: Path) -> Run:
 
 
 def _kind(path: Path, found: dict[str, Any]) -> type[Run]:
-    verb = found.get("verb", "bench" if "rounds" in found else None)
+    verb = found.get("verb")
     if isinstance(verb, str) and verb in _KINDS:
         return _KINDS[verb]
-    if "curve" in found:
+    if isinstance(found.get("curve"), dict):  # experiments have lists of that name
         return CurveRun
     if "outputs" in found:
         raise OfframpError(f"{path} was made before reports were: generate it again")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AliasChoices, ConfigDict, Field, model_validator
 
 from offramp.records import Record
 
@@ -165,7 +165,7 @@ class Timed(Result):
 class BenchRun(Result):
     """What ``bench`` printed."""
 
-    verb: Literal["bench"] = "bench"
+    verb: Literal["bench"]
     model: str
     rounds: Count
     rows: tuple[Timed, ...]
@@ -182,11 +182,37 @@ class TuneRun(Result):
     after: dict[str, tuple[ExitRow, ...]]
 
 
+class Estimate(Result):
+    """A mean, or a median, with its interval or its quartiles."""
+
+    mean: float = Field(validation_alias=AliasChoices("mean", "median"))
+    low: float
+    high: float
+
+
+class ScoreRow(Result):
+    """One score of a task: the plan's, full depth's and the paired difference."""
+
+    score: str
+    against: str
+    plan: Estimate
+    full: Estimate
+    difference: Estimate
+    verdict: str
+
+
 class JudgedTask(Result):
     """One task of a comparison: a point, and full depth beside it."""
 
     task: str
     items: Count
+    left_out: Count
+    mean_depth: float
+    flops_ratio: float
+    tokens: dict[str, Count]
+    time_ratio: Estimate
+    time_per_token_ratio: Estimate
+    scores: tuple[ScoreRow, ...]
     curve: Curve
 
 
@@ -195,6 +221,7 @@ class EvaluateRun(Result):
 
     verb: Literal["evaluate"]
     model: str
+    num_layers: Annotated[int, Field(ge=1)]
     plan: dict[str, Any]
     tasks: tuple[JudgedTask, ...]
     machine: dict[str, Any]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from offramp.report import others, words
@@ -182,17 +183,21 @@ def _other(number: int, name: str, run: Run) -> Section:
 
 
 def _compared(number: int, name: str, run: EvaluateRun) -> Section:
-    pictures = [
+    drawn = [
         curve_picture(
             f"evaluate{number}-{i}", one.curve, f"Quality against cost: {visible(one.task)}"
         )
         for i, one in enumerate(run.tasks, 1)
     ]
+    pairs = zip(drawn, run.tasks, strict=True)
     return Section(
         title=name,
         about=others.about_comparison(run),
         headline=others.comparison_headline(run),
-        pictures=pictures,
+        alerts=others.slower_tasks(run),
+        figures=others.comparison_figures(run),
+        table=others.costs_table(run),
+        pictures=[replace(it, table=others.scores_table(one)) for it, one in pairs],
     )
 
 

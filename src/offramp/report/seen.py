@@ -40,9 +40,10 @@ def data_of(texts: Sequence[Text], trace: TraceRun | None) -> dict[str, Any]:
     """Return what the page's script knows of a section's texts."""
     if trace is None:
         return {}
+    last = f"{trace.num_layers}, all" if trace.num_layers in trace.exits else trace.num_layers
     used = {token for text in texts for row in text.data.get("chosen", ()) for token in row}
     return {
-        "depths": [*trace.exits, trace.num_layers],
+        "depths": [*trace.exits, last],  # a short head may leave behind the last layer
         "vocabulary": {t: quoted(trace.vocabulary.get(t, f"token {t}")) for t in used},
         "texts": [text.data for text in texts],
     }

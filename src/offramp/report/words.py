@@ -13,7 +13,7 @@ from offramp.report.runs import Generated
 from offramp.report.svg import step_of
 from offramp.shown import visible
 
-DEPTHS = "How many tokens were chosen after so many layers; white bars ran all of them."
+DEPTHS = "How many tokens were chosen after so many layers; hollow bars ran all of them."
 GRID = (
     "Each column is a token, each row an exit, the last layer on top. Colour is confidence, dark "
     "to bright; a dot marks a choice that is not the last layer's. The line is the exit taken, "
@@ -24,9 +24,12 @@ RELIABILITY = (
     "than it should be. Larger dots are more tokens; right is what the last layer says."
 )
 SPEEDS = (
-    "New tokens per second, medians with quartiles. White bars are slower than the same model at "
+    "New tokens per second, medians with quartiles. Hollow bars are slower than the same model at "
     "full depth."
 )
+
+SLOWER = 1.005
+"""A ratio to full depth above which a run is called slower: below it, it reads as the same."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def mean_depth(counts: Counter[int]) -> float:
 def alerts(known: Cost) -> list[str]:
     """Return slow-downs in words."""
     if known.ratio is not None:
-        if known.ratio <= 1.005:
+        if known.ratio <= SLOWER:
             return []
         return [
             f"Slower than full depth: a token took {known.ratio:.2f} times as long "
@@ -137,7 +140,7 @@ def depth_figures(num_layers: int, counts: Counter[int]) -> list[Figure]:
 
 def _time(known: Cost) -> Figure:
     ratio = known.ratio or 0.0
-    slow = ratio > 1.005
+    slow = ratio > SLOWER
     word = "slower" if slow else "faster" if ratio < 0.995 else "the same"
     return Figure("time / full depth", f"{ratio:.2f}x", f"{word}; {known.source}", bad=slow)
 
@@ -146,7 +149,7 @@ def _counted(known: Cost) -> list[Figure]:
     pairs = (("weights read / full depth", known.weights), ("operations / full depth", known.flops))
     about = "counted; time was not measured"
     return [
-        Figure(name, f"{value:.2f}x", about, bad=value > 1.005)
+        Figure(name, f"{value:.2f}x", about, bad=value > SLOWER)
         for name, value in pairs
         if value is not None
     ]
@@ -165,7 +168,7 @@ def describe(plan: Mapping[str, Any]) -> str:
     run = plan.get("run") or {}
     match run:
         case {"kind": "exit", "signal": signal, "thresholds": dict(values)}:
-            exits = ", ".join(f"{depth}:{value}" for depth, value in values.items())
+            exits = ", ".join(f"{depth}:{value:.3g}" for depth, value in values.items())
             return f"leaves where {signal} reaches {exits}"
         case {"kind": "speculate", "draft": list(draft), "tokens": tokens}:
             return f"drafts {tokens} tokens with {len(draft)} layers"
