@@ -47,6 +47,7 @@ from offramp.evaluate.meanings import parse_prompt
 from offramp.evaluate.overlap import rouge_l
 from offramp.fast.pack import BYTES
 from offramp.files import write_text
+from offramp.machine import versions
 from offramp.plan import check_of
 from offramp.text import encode
 
@@ -158,9 +159,10 @@ def _answers(arms: Sequence[Arm], texts: Texts, options: argparse.Namespace) -> 
 
 
 def _key(arm: Arm, texts: Texts) -> str:
-    """Return a digest of everything that an arm's answers depend on."""
+    """Return a digest of everything that an arm's answers depend on, versions included."""
     backbone = arm.model.backbone
     facts = (
+        versions(),
         *(backbone.fingerprint, backbone.name, backbone.weights, backbone.build),
         *(arm.plan.run.model_dump(mode="json"), texts.count, texts.prompts),
     )

@@ -311,6 +311,9 @@ def test_a_comparison_goes_on_where_it_stopped(
     letters = json.loads(Path(made).read_text())
     assert 256 in letters  # the end of a text
     assert len(letters) == 1 + len(set(" Ab has x.Cd has y.Ef"))
+    monkeypatch.setattr(narrow, "versions", lambda: {"torch": "another"})
+    run(("full", "full"), ("three", "3"))
+    assert asked == ["list", "full", "three"]  # what another version said is not merged
 
 
 def test_others_race_the_first_arms_model(
