@@ -124,7 +124,7 @@ def labels(args: argparse.Namespace) -> Subject:
         model,
         [encode(model.tokenizer, row["prompt"], raw=True) for row in rows],
         Way((*model.card.exits, last), check=among, head=among, exit_prompt=True),
-        {"disagreement": 0.05, "error": 0.15},
+        {"disagreement": 0.05, "error": 0.1},
         right,
     )
 
