@@ -10,6 +10,7 @@ SHOWN = (
     "narrow_ag_news",
     "adainfer",
     "adainfer_tuned",
+    "narrow_adainfer",
     "skip_exit",
     "skip_gates",
     "oracle",
@@ -23,7 +24,7 @@ def claims(*records: Record) -> str:
     by = dict(zip(SHOWN, records, strict=True))
     rows = [
         ("LITE", *_lite(by["lite_tuned"], by["narrow_ag_news"])),
-        ("AdaInfer", *_adainfer(by["adainfer"], by["adainfer_tuned"])),
+        ("AdaInfer", *_adainfer(by["adainfer"], by["adainfer_tuned"], by["narrow_adainfer"])),
         (
             "Dynamic layer selection",
             *_selection(by["skip_exit"], by["skip_gates"], by["oracle"]),
@@ -60,7 +61,7 @@ def _lite(record: Record, narrow: Record) -> tuple[str, str, str]:
     )
 
 
-def _adainfer(untaught: Record, tuned: Record) -> tuple[str, str, str]:
+def _adainfer(untaught: Record, tuned: Record, narrow: Record) -> tuple[str, str, str]:
     plain, taught = (
         next(
             row
@@ -83,8 +84,22 @@ def _adainfer(untaught: Record, tuned: Record) -> tuple[str, str, str]:
         f"{sentiment['layers_saved']:.1%} on sentiment, {lost + 0:.1f} points lost of {judged} "
         "items a task",
         f"{_worse(taught['layers_saved'], 0.178)}. Operations, every look counted: "
-        f"{plain['flops_ratio']:.2f} and {taught['flops_ratio']:.2f} of full depth's",
+        f"{plain['flops_ratio']:.2f} and {taught['flops_ratio']:.2f} of full depth's. "
+        + _on_topics(narrow),
     )
+
+
+def _on_topics(record: Record) -> str:
+    """Return what AdaInfer's classifiers save where a model was tuned for one task."""
+    said = [
+        f"{arm['layers_saved']:.0%} of layers and "
+        f"{100 * arm['differences']['accuracy']['mean']:+.1f} points by "
+        f"{arm['name'].removeprefix('AdaInfer, ')}, "
+        f"{arm['clock']['to_baseline']['total']:.2f} of the time"
+        for arm in record["arms"]
+        if arm["layers_saved"]
+    ]
+    return f"On a narrow task (AG News), tuned exits: {'; '.join(said)}"
 
 
 def _selection(skipped: Record, gated: Record, peeked: Record) -> tuple[str, str, str]:

@@ -300,6 +300,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "sorted": sorted_llama,
         "adainfer": adainfer,
         "adainfer_tuned": adainfer,
+        "narrow_adainfer": narrow,
         "skip_exit": skip_exit,
         "skip_gates": skip_gates,
         "oracle": beside,

@@ -88,7 +88,7 @@ def test_compare_renews_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_skip_exit_ends_in_a_table(run: Callable[..., Any], checkpoint: Path) -> None:
     text = checkpoint.parent / "text.txt"
     text.write_text(" ".join(WORDS) * 120)
-    words = ["--model", str(checkpoint), "--keep", "2", "4", "--loss-keep", "4", "--texts", "3"]
+    words = ["--model", str(checkpoint), "--keep", "2", "4", "--loss-keep", "4", "--limit", "3"]
     record = run(skip_exit, "--data", str(text), *words)
     assert record["num_layers"] == 6
     by = {(row["arm"], row["layers"]): row for row in record["rows"]}
