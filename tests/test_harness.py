@@ -308,7 +308,7 @@ def test_so_it_is_with_learnt_gates(ours: OfframpLM, tmp_path: Path) -> None:
         for column, depth in enumerate((2, 4))
     }
     by_state = Exit(signal="gate", thresholds=middle, check=GateFile(file=str(tmp_path / "exits")))
-    skip_gates(width=backbone.shape.hidden_size).save(tmp_path / "skips")
+    skip_gates(of=backbone).save(tmp_path / "skips")
     skips = Skip(gates=str(tmp_path / "skips"))
     assert (method(by_state), method(skips)) == ("replay", "loop")
     for run in (by_state, skips):

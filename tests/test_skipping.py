@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import offramp
+from offramp.backbone import Backbone
 from offramp.batch import Text
 from offramp.decode import decode
 from offramp.errors import OfframpError, UsageError
@@ -47,14 +48,20 @@ Input = Literal["hidden", "fixed"]
 LAYERS = range(1, 5)
 
 
-def gates(gate_input: Input = "hidden", *, bias: float = 0.0, width: int = 0) -> SkipGates:
+def gates(
+    gate_input: Input = "hidden",
+    *,
+    bias: float = 0.0,
+    width: int = 0,
+    of: Backbone | None = None,
+) -> SkipGates:
     """Random gates on all layers of a tiny model but the first and the last."""
-    width = width or opened("llama").shape.hidden_size
+    of = of or opened("llama")
+    width = width or of.shape.hidden_size
     draw = torch.Generator().manual_seed(3)
     weights = {layer: torch.randn(2, width, generator=draw) for layer in LAYERS}
     biases = {layer: torch.tensor([0.0, bias]) for layer in LAYERS}
-    own = opened("llama").fingerprint
-    facts = SkipFacts(num_layers=6, fingerprint=own, gate_input=gate_input)
+    facts = SkipFacts(num_layers=6, fingerprint=of.fingerprint, gate_input=gate_input)
     return SkipGates(facts, weights, biases)
 
 
