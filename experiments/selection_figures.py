@@ -188,22 +188,30 @@ def of_oracle(record: Row) -> list[Row]:
                 "none, by the score's nature" if null is None else f"{null:+.3f}",
                 "runs of the full model that differ by seed alone",
             ),
-            _foreseen(name, arm),
+            *_foreseen(name, arm),
         ]
     return rows
 
 
-def _foreseen(name: str, arm: Row) -> Row:
-    """Return what a choice before the answer gets, where the oracle gains the most."""
+def _foreseen(name: str, arm: Row) -> list[Row]:
+    """Return what a choice before the answer gets, where the oracle gains the most.
+
+    Of few texts no router was fitted, and there is no such row.
+    """
     row = max(arm["rows"], key=lambda row: row["oracle"] - row["fixed"])
+    if row["recovered"] is None:
+        return []
     low, high = row["recovered_interval"]
-    return compared(
-        f"{name}: what is gained by a choice that sees the prompt alone",
-        f"ROUGE-L {RANKED[0]:.4f} at {RANKED[1]} layers; {CONSTANT[0]:.4f} at {CONSTANT[1]} each",
-        f"{row['recovered']:.0%} ({low:.0%} to {high:.0%}) of the oracle's, "
-        f"at {row['budget']:g} layers",
-        "no: there by rank of difficulty, here by a regression",
-    )
+    return [
+        compared(
+            f"{name}: what is gained by a choice that sees the prompt alone",
+            f"ROUGE-L {RANKED[0]:.4f} at {RANKED[1]} layers; {CONSTANT[0]:.4f} at "
+            f"{CONSTANT[1]} each",
+            f"{row['recovered']:.0%} ({low:.0%} to {high:.0%}) of the oracle's, "
+            f"at {row['budget']:g} layers",
+            "no: there by rank of difficulty, here by a regression",
+        )
+    ]
 
 
 def _zero(value: float) -> float:
