@@ -12,7 +12,7 @@ import pytest
 import skip_gates
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import offramp
@@ -34,13 +34,16 @@ from tests.test_tune_loop import rows as rows
 from tests.test_tune_loop import settings
 from tests.tools import (
     BOTH,
+    DIGEST_CHANGES,
     AnyBackbone,
+    Change,
     Recorder,
     assert_close,
     collected,
     counted,
     generic,
     opened,
+    tamper,
     texts_of,
 )
 
@@ -242,7 +245,7 @@ def test_gates_that_do_not_go_together_are_refused(tmp_path: Path, wrong: str) -
         load_skip_gates(path)
 
 
-CHANGED: dict[str, Callable[[dict[str, str], dict[str, Tensor]], object]] = {
+CHANGED: dict[str, Change] = {
     "one weight": lambda _, parts: parts["2.weight"][1, 0].add_(1.0),
     "one bias": lambda _, parts: parts["4.bias"].neg_().add_(1.0),
     "two layers in each other's place": lambda _, parts: parts.update(
@@ -262,8 +265,7 @@ CHANGED: dict[str, Callable[[dict[str, str], dict[str, Tensor]], object]] = {
     "the model": lambda said, _: said.update(
         offramp_skip=said["offramp_skip"].replace('"fingerprint":"', '"fingerprint":"0')
     ),
-    "the digest": lambda said, _: said.update(sha256="0" * 64),
-    "no digest": lambda said, _: said.pop("sha256"),
+    **DIGEST_CHANGES,
 }
 
 
@@ -272,10 +274,7 @@ def test_tampered_skip_gates_are_refused(tmp_path: Path, change: str) -> None:
     """Whatever was changed, and though what is left is a file of skip gates."""
     path = tmp_path / "g.safetensors"
     gates().save(path)
-    with safe_open(path, "pt") as file:
-        said, parts = file.metadata(), load_file(path)
-    CHANGED[change](said, parts)
-    save_file(parts, path, said)
+    tamper(path, CHANGED[change])
     with pytest.raises(OfframpError, match="was changed since it was written"):
         load_skip_gates(path)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from offramp.backbone import Backbone
@@ -56,6 +59,14 @@ BOTH = ("llama", "fast:llama")
 Multiplied = list[dict[str, tuple[int, int]]]
 """What the kernels say: (rows, calls) by kind, per layer."""
 
+Change = Callable[[dict[str, str], dict[str, Tensor]], object]
+"""Changes what a file says of itself, or its tensors."""
+
+DIGEST_CHANGES: dict[str, Change] = {
+    "the digest": lambda said, _: said.update(sha256="0" * 64),
+    "no digest": lambda said, _: said.pop("sha256"),
+}
+
 AnyBackbone = HFBackbone | FastBackbone | GraphBackbone
 
 # The last path component of the modules that make keys, mix the heads, and end the MLP.
@@ -79,6 +90,17 @@ def opened(name: str) -> AnyBackbone:
     if kind == "graph":
         return open_graphs(generic(family))
     return open_fast(generic(family)) if kind == "fast" else generic(family)
+
+
+def tamper(path: Path, change: Change) -> None:
+    """Change a safetensors file in place; what changes nothing is no test."""
+    with safe_open(path, "pt") as file:
+        said, parts = file.metadata(), load_file(path)
+    before = dict(said), {name: tensor.clone() for name, tensor in parts.items()}
+    change(said, parts)
+    same = parts.keys() == before[1].keys() and said == before[0]
+    assert not same or any(not torch.equal(parts[n], before[1][n]) for n in parts)
+    save_file(parts, path, said)
 
 
 def lengths(slot: Any) -> list[int]:
