@@ -141,7 +141,9 @@ def test_medians_quartiles_and_shares() -> None:
     assert spread([3.0]) == (3.0, (3.0, 3.0))
 
 
-@pytest.mark.parametrize(("weights", "most"), [(None, 2), ("fp32", 2), ("int8", 8), ("int4", 8)])
+@pytest.mark.parametrize(
+    ("weights", "most"), [(None, 2), ("fp32", 2), ("bf16", 2), ("int8", 8), ("int4", 8)]
+)
 def test_reading_is_held_against_products_of_its_own_weights(
     weights: str | None, most: float
 ) -> None:

@@ -20,6 +20,7 @@ from offramp.fast.open import open_fast
 from offramp.fast.pack import Format
 from offramp.hf.backbone import HFBackbone
 from offramp.hf.load import GENERIC_FORMATS
+from offramp.machine import multiplies_bf16
 from offramp.meter import Meter
 from offramp.model import BackboneName, Model, load
 from offramp.paths import is_whole, named
@@ -196,9 +197,10 @@ def ceiling_meter() -> Callable[[], Ceiling]:
     brief, bytes_ = matrix.bfloat16(), matrix.char()
     products = {
         "fp32": partial(torch.mm, matrix, matrix),
-        "bf16": partial(torch.mm, brief, brief),
         "int8": partial(torch._int_mm, bytes_, bytes_),  # torch has no public one on a CPU
     }
+    if multiplies_bf16():  # emulated, one product takes seconds
+        products["bf16"] = partial(torch.mm, brief, brief)
     return lambda: Ceiling(
         big.nbytes / _best(big.sum),
         {kind: 2 * _MATRIX**3 / _best(product) for kind, product in products.items()},

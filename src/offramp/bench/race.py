@@ -108,11 +108,16 @@ class Ceiling:
 
     bytes_per_second: float
     operations: Mapping[str, float]
-    """Per second, in products of matrices of ``fp32``, ``bf16`` and ``int8`` numbers."""
+    """Per second, in products of matrices of ``fp32``, ``int8`` and perhaps ``bf16`` numbers."""
 
     def products(self, weights: str | None) -> float:
-        """Return operations per second for weights held so; fewer bits multiply as int8 ones."""
-        return self.operations.get(weights or "fp32", self.operations["int8"])
+        """Return operations per second for weights held so, by what may multiply them.
+
+        That is numbers as wide, or wider where a machine multiplies those faster.
+        """
+        kinds = ("fp32", "bf16", "int8")
+        last = kinds.index(weights or "fp32") if weights in (None, *kinds) else len(kinds)
+        return max(self.operations[kind] for kind in kinds[: last + 1] if kind in self.operations)
 
 
 @dataclass
