@@ -38,4 +38,5 @@ def overlaps(data: dict[str, str], trace: Trace, tuned_on: Data) -> str:
     if trace.prompts is None or tuned_on.prompts is None:
         return ""
     shared, told = among(trace.prompts, tuned_on.prompts)
-    return f"{shared} of the {told} prompts that can be compared" if shared else ""
+    said = f"{shared} of the {told} prompts that can be compared (or kept them out of its tuning)"
+    return said if shared else ""
