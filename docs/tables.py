@@ -252,6 +252,9 @@ def certificates(record: dict[str, Any]) -> str:
         )
     one, drift = record["calibration"], record["drift"]
     agreement = ", ".join(f"{share:.0%} at {depth}" for depth, share in record["agreement"].items())
+    labels = record.get("wrong") or {}
+    missed = "".join(f", {name} {share:.1%}" for name, share in labels.items())
+    wrong = f"; wrong labels{missed[1:]}" if labels else ""
     said = (
         "no drift, for no setting was certified or the text was given"
         if drift is None
@@ -260,7 +263,8 @@ def certificates(record: dict[str, Any]) -> str:
     )
     return "\n".join(lines) + (
         f"\n\n{record['model']}, {record['weights']}, {record['sequences']} sequences of "
-        f"{record['tokens'] / record['sequences']:.0f} tokens on average, agreement {agreement}; "
+        f"{record['tokens'] / record['sequences']:.0f} tokens on average, "
+        f"agreement {agreement}{wrong}; "
         f"{record['rows'][0]['repeats']} draws and as many plain splits for each row, delta 0.1. "
         f"Calibrating over {one.get('settings', 'all')} settings took {one['seconds']:.1f} s, "
         f"{record['share_of_pass']:.2f} of the {record['pass_seconds']:.0f} s of the pass; {said}. "

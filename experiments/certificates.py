@@ -180,6 +180,13 @@ def written(subject: Subject) -> Texts:
     return write(subject.model.backbone, asked, full, eos=subject.model.eos, batch_size=16)
 
 
+def wrong(trace: Trace) -> dict[str, float]:
+    """Return the share of given tokens that each depth does not choose, the last layer's last."""
+    shares = (trace.chosen != trace.targets[:, None]).float().mean(0).tolist()
+    names = [*(f"exit {depth}" for depth in trace.exits), "last layer"]
+    return dict(zip(names, shares, strict=True))
+
+
 def rows(
     replays: Replays, alphas: dict[str, float], price: Price, repeats: int, *, given: bool
 ) -> list[dict[str, Any]]:
@@ -277,6 +284,7 @@ def main() -> None:
         "check": str(way.check),
         "head": str(way.head),
         "agreement": dict(zip(map(str, trace.exits), agreement, strict=True)),
+        "wrong": None if subject.labels is None else wrong(trace),
         **took,
         "calibration": one,
         "share_of_pass": one["seconds"] / took["pass_seconds"],
