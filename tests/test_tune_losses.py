@@ -146,7 +146,7 @@ def test_logits_come_in_few_sizes(chunk: int) -> None:
         rows = torch.randn(count, 8, requires_grad=True)
         term = Term(1, rows, read, 0.5, 0.5)
         exit_losses([term], torch.arange(count) % 50, [head], (torch.randn(count, 8), read), chunk)
-    assert len(seen) <= 8
+    assert len(seen) <= 16
 
 
 def test_a_part_without_labels_costs_nothing_and_teaches_nothing() -> None:

@@ -19,7 +19,7 @@ Reader = Callable[[Tensor], Tensor]
 
 CHUNK = 512
 """Rows whose logits exist at once."""
-_STEP = 64
+_STEP = 32
 """Logits have a multiple of so many rows: what one step frees fits the next one's. Arrays of ever
 other sizes leave holes, 50 MB a step on the default model, until memory is full."""
 
