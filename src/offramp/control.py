@@ -13,7 +13,6 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from statistics import median
 from weakref import WeakKeyDictionary
 
@@ -37,30 +36,53 @@ _KEPT: WeakKeyDictionary[Backbone, dict[object, Control]] = WeakKeyDictionary()
 """What :func:`remembered` made, for as long as its backbone lives."""
 
 
-@dataclass
 class _Belief:
     """How often a draft's tokens are right: counts of a Beta distribution, fading to its prior."""
 
-    right: float = 0.0
-    wrong: float = 0.0
+    def __init__(self) -> None:
+        self._right = self._wrong = 0.0
+        self.learn(0, 0)
 
     def learn(self, right: int, wrong: int) -> None:
-        self.right += right
-        self.wrong += wrong
+        """Add what a round told."""
+        self._right, self._wrong = self._right + right, self._wrong + wrong
+        a, b = 1 + self._right, 1 + self._wrong
+        mean = a / (a + b)
+        # The mean and one standard deviation: what little is known of is worth a try.
+        self._chance = min(mean + math.sqrt(mean * (1 - mean) / (a + b + 1)), 1 - 1e-9)
 
     def fade(self) -> None:
-        self.right *= KEEP
-        self.wrong *= KEEP
+        """Forget some of it: texts change."""
+        self._right, self._wrong = KEEP * self._right, KEEP * self._wrong
+        self.learn(0, 0)
+
+    def hoped(self, drafted: int) -> float:
+        """Return how many tokens a round may hope for: right drafts, and one of the full model."""
+        return (1 - self._chance ** (drafted + 1)) / (1 - self._chance)
+
+
+class _Costs:
+    """What rounds with some number of texts take, a plain one = 1: predicted until measured."""
+
+    def __init__(self, predicted: Sequence[float]) -> None:
+        self.drafts = [*predicted]
+        self._seen: dict[int | None, deque[float]] = defaultdict(lambda: deque(maxlen=_SEEN))
+        self._took: dict[int | None, float] = {}
 
     @property
-    def hoped(self) -> float:
-        """Return the mean and one standard deviation: what little is known of is worth a try."""
-        a, b = 1 + self.right, 1 + self.wrong
-        mean = a / (a + b)
-        return min(mean + math.sqrt(mean * (1 - mean) / (a + b + 1)), 1.0)
+    def measured(self) -> bool:
+        """Return whether a plain round was timed: there is something to compare with."""
+        return None in self._took
+
+    def update(self, draft: int | None, seconds: float) -> None:
+        """Take in a round, with a draft of this index or a plain one."""
+        self._seen[draft].append(seconds)
+        self._took[draft] = median(self._seen[draft])
+        for one, took in self._took.items():
+            if one is not None:
+                self.drafts[one] = took / self._took[None]
 
 
-@dataclass
 class Control:
     """Chooses the draft of each round, one for all texts of a batch; :func:`controlled` makes one.
 
@@ -68,32 +90,35 @@ class Control:
     those of plain decoding.
     """
 
-    drafts: tuple[Draft, ...]
-    predicted: dict[Draft, float]
-    """Time of a round with this draft, a plain one = 1: believed until it is measured."""
-    clock: Callable[[], float] = time.perf_counter
-    purse: float = PURSE
-    """What drafts may lose now, in plain rounds."""
-    _beliefs: dict[tuple[int, ...], _Belief] = field(default_factory=lambda: defaultdict(_Belief))
-    _times: dict[tuple[int, Draft | None], deque[float]] = field(
-        default_factory=lambda: defaultdict(lambda: deque(maxlen=_SEEN))
-    )
-    _took: dict[tuple[int, Draft | None], float] = field(default_factory=dict)
-    """Their medians: one changes in a round, and every draft is weighed in each."""
-    _since: int = 0
+    def __init__(
+        self,
+        drafts: Sequence[Draft],
+        predicted: Sequence[float],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Know nothing but what rounds with these drafts are predicted to take, a plain one = 1."""
+        self.drafts = tuple(drafts)
+        self.clock = clock
+        self.purse = PURSE
+        """What drafts may lose now, in plain rounds."""
+        self._beliefs = {draft.layers: _Belief() for draft in drafts}
+        self._each = [self._beliefs[draft.layers] for draft in drafts]
+        self._costs: dict[int, _Costs] = defaultdict(lambda: _Costs(predicted))
+        """By the number of texts."""
+        self._since = 0
 
     def choose(self, texts: int, reading: int) -> Draft | None:
         """Return the draft for a round of so many texts, or None for plain decoding.
 
         Rounds that read prompts, and the first of a batch of another size, are plain.
         """
-        if reading or (texts, None) not in self._took or self._since >= _AGAIN:
+        costs = self._costs[texts]
+        if reading or not costs.measured or self._since >= _AGAIN:
             return None
         best, most = None, 1.0
-        for draft in self.drafts:
-            cost = self._cost(texts, draft)
-            rate = self._hoped(draft) / cost
-            if rate > most and cost - 1 <= self.purse:
+        for draft, cost, belief in zip(self.drafts, costs.drafts, self._each, strict=True):
+            # Most rounds end at the price, where drafts do not pay: this has to take no time.
+            if cost - 1 <= self.purse and (rate := belief.hoped(draft.tokens) / cost) > most:
                 best, most = draft, rate
         return best
 
@@ -101,32 +126,22 @@ class Control:
         """Take in what a round did and how long it took."""
         if done.reading:
             return
-        key = done.texts, done.draft
-        self._times[key].append(done.seconds)
-        self._took[key] = median(self._times[key])
+        costs, draft = self._costs[done.texts], done.draft
+        index = None if draft is None else self.drafts.index(draft)
+        costs.update(index, done.seconds)
         for belief in self._beliefs.values():
             belief.fade()
         self._since += 1
-        if done.draft is None:
+        if draft is None or index is None:
             self._since = 0
             self.purse = min(self.purse + SHARE, PURSE)
             return
-        belief = self._beliefs[done.draft.layers]
-        for drafted, right in done.confirmed:
-            belief.learn(right, int(right < drafted))
-        cost = self._cost(done.texts, done.draft)
-        gained = sum(right + 1 for _, right in done.confirmed) / done.texts
+        right = sum(right for _, right in done.confirmed)
+        wrong = sum(right < drafted for drafted, right in done.confirmed)
+        self._beliefs[draft.layers].learn(right, wrong)
+        cost = costs.drafts[index]
+        gained = right / done.texts + 1
         self.purse = min(self.purse + SHARE * cost + gained - cost, PURSE)
-
-    def _cost(self, texts: int, draft: Draft) -> float:
-        """Return what a round with this draft takes, a plain one = 1."""
-        took = self._took.get((texts, draft))
-        return self.predicted[draft] if took is None else took / self._took[texts, None]
-
-    def _hoped(self, draft: Draft) -> float:
-        """Return how many tokens a text may hope for."""
-        right = self._beliefs[draft.layers].hoped
-        return sum(right**i for i in range(draft.tokens + 1))
 
 
 def controlled(
@@ -149,17 +164,7 @@ def controlled(
         UsageError: no draft, one that the model cannot make, or one of several leaves at an exit
             that owns a block.
     """
-    check_drafts(backbone, drafts)
-    shape, constants = backbone.shape, known(backbone)
-    predicted = {
-        draft: speculation_ratio(
-            *(shape, worth(draft.layers, shape), draft.tokens, 0.0, constants),
-            head=head,
-            shared=draft.shared,
-        )
-        for draft in drafts
-    }
-    return Control(tuple(drafts), predicted, clock)
+    return Control(drafts, _predicted(backbone, drafts, head), clock)
 
 
 def remembered(backbone: Backbone, drafts: Sequence[Draft], *, head: float = 1.0) -> Control:
@@ -167,8 +172,23 @@ def remembered(backbone: Backbone, drafts: Sequence[Draft], *, head: float = 1.0
 
     What drafts may lose at first they lose once, not at the beginning of every answer.
     """
-    new = controlled(backbone, drafts, head=head)
-    return _KEPT.setdefault(backbone, {}).setdefault(tuple(new.predicted.items()), new)
+    predicted = _predicted(backbone, drafts, head)
+    kept = _KEPT.setdefault(backbone, {})
+    return kept.setdefault((tuple(drafts), predicted), Control(drafts, predicted))
+
+
+def _predicted(backbone: Backbone, drafts: Sequence[Draft], head: float) -> tuple[float, ...]:
+    """Return what a round with each of these drafts should take, a plain one = 1."""
+    check_drafts(backbone, drafts)
+    shape, constants = backbone.shape, known(backbone)
+    return tuple(
+        speculation_ratio(
+            *(shape, worth(draft.layers, shape), draft.tokens, 0.0, constants),
+            head=head,
+            shared=draft.shared,
+        )
+        for draft in drafts
+    )
 
 
 def check_drafts(backbone: Backbone, drafts: Sequence[Draft]) -> None:
