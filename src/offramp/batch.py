@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -108,13 +108,12 @@ class Flow:
         """Return the last ``counts[i]`` rows of each span, joined."""
         if sum(counts) == self.hidden.shape[0]:
             return self.hidden
-        return torch.cat(
-            [rows[len(rows) - n :] for rows, n in zip(self.rows(), counts, strict=True)]
-        )
+        ends = zip(self._ends(), counts, strict=True)
+        return self._joined(range(end - n, end) for end, n in ends)
 
     def last(self, chosen: Iterable[int]) -> tuple[int, ...]:
         """Return the index of the last row of each of these spans."""
-        ends = list(accumulate(len(span) for span in self.spans))
+        ends = self._ends()
         return tuple(ends[i] - 1 for i in chosen)
 
     def cut(self, counts: Sequence[int]) -> tuple[Flow, Flow]:
@@ -122,34 +121,46 @@ class Flow:
         if all(len(span) == n for span, n in zip(self.spans, counts, strict=True)):
             return self.select(()), self
         before, after = [], []
-        for span, member, rows, n in zip(
-            self.spans, self.members, self.rows(), counts, strict=True
+        for span, member, end, n in zip(
+            self.spans, self.members, self._ends(), counts, strict=True
         ):
-            middle = span.stop - n
-            before.append((rows[: len(rows) - n], Span(span.text, span.start, middle), member))
-            after.append((rows[len(rows) - n :], Span(span.text, middle, span.stop), member))
-        return self._joined(before), self._joined(after)
-
-    def _joined(self, parts: Sequence[tuple[Tensor, Span, int]]) -> Flow:
-        parts = [part for part in parts if len(part[1])]
-        hidden = [rows for rows, _, _ in parts]
-        return Flow(
-            torch.cat(hidden) if hidden else self.hidden[:0],
-            tuple(span for _, span, _ in parts),
-            tuple(member for _, _, member in parts),
-        )
+            middle, cut = span.stop - n, end - n
+            before.append(
+                (range(end - len(span), cut), Span(span.text, span.start, middle), member)
+            )
+            after.append((range(cut, end), Span(span.text, middle, span.stop), member))
+        return self._of(before), self._of(after)
 
     def select(self, chosen: Iterable[int]) -> Flow:
         """Return the flow of the spans with these indices."""
         chosen = tuple(chosen)
         if len(chosen) == len(self.spans):
             return self
-        rows = self.rows()
-        return Flow(
-            torch.cat([rows[i] for i in chosen]) if chosen else self.hidden[:0],
-            tuple(self.spans[i] for i in chosen),
-            tuple(self.members[i] for i in chosen),
+        ends = self._ends()
+        return self._of(
+            [
+                (range(ends[i] - len(self.spans[i]), ends[i]), self.spans[i], self.members[i])
+                for i in chosen
+            ]
         )
+
+    def _ends(self) -> list[int]:
+        """Return where the rows of each span end."""
+        return list(accumulate(len(span) for span in self.spans))
+
+    def _of(self, parts: Sequence[tuple[range, Span, int]]) -> Flow:
+        """Return the flow of these rows, whose they are and their members, without empty ones."""
+        parts = [part for part in parts if part[0]]
+        return Flow(
+            self._joined(rows for rows, _, _ in parts),
+            tuple(span for _, span, _ in parts),
+            tuple(member for _, _, member in parts),
+        )
+
+    def _joined(self, rows: Iterable[range]) -> Tensor:
+        """Return these rows: by one index, for a view of each takes as long as a small matrix."""
+        index = torch.tensor([*chain.from_iterable(rows)], dtype=torch.int64)
+        return self.hidden.index_select(0, index.to(self.hidden.device))
 
     def drain(self, layer: int) -> Flow:
         """Let the tokens that wait in front of ``layer`` go on with these rows."""

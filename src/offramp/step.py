@@ -132,13 +132,13 @@ def step(
             leaving, staying = _split(policy.leave(probe))
             if leaving:
                 gone = asked.select(leaving)
-                taken = probe.take(leaving)
+                taken = probe.take(leaving) if staying else probe
                 chosen.append((gone.members, _choice(backbone, taken, gone, detour, exit_head)))
                 if stop < len(path):
                     _leave(backbone, gone, [*path[stop:], *exits.deeper(stop)], kv)
                 left = set(gone.members)
                 flow = flow.select(i for i, member in enumerate(flow.members) if member not in left)
-                probe = probe.take(staying)
+                probe = probe.take(staying) if staying else None
         if flow.spans:
             rows = exits.states(flow, len(path), [counts[member] for member in flow.members])
             reads = exits.reader(head or backbone.readout, len(path))

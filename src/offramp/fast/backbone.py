@@ -260,8 +260,7 @@ class FastBackbone:
         stored = _stored(layers)
         for span in spans:
             slot = span.text.slot
-            for layer in stored:
-                assert slot.lengths[layer] == span.start, "a layer was run out of turn"
+            assert slot.hold(stored, span.start), "a layer was run out of turn"
             slot.reserve(span.stop)
         self._rotary.reserve(max(span.stop for span in spans), self._taken.layers)
 
@@ -280,8 +279,7 @@ def _stored(parts: Sequence[int]) -> Sequence[int]:
 def _appended(parts: Sequence[int], spans: Sequence[Span]) -> None:
     layers = _stored(parts)
     for span in spans:
-        for layer in layers:
-            span.text.slot.lengths[layer] = span.stop
+        span.text.slot.extend(layers, span.stop)
 
 
 def _rows(spans: Sequence[Span]) -> RowsStruct:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +80,17 @@ class Slot:
             setattr(self.struct, name, buffer.data_ptr())
         self.struct.capacity = room
 
+    def hold(self, layers: Sequence[int], length: int) -> bool:
+        """Return whether each of these layers, ascending, holds so many positions."""
+        return all(
+            self.lengths[run] == [length] * (run.stop - run.start) for run in _stretches(layers)
+        )
+
+    def extend(self, layers: Sequence[int], length: int) -> None:
+        """Note that these layers, ascending, now hold so many positions."""
+        for run in _stretches(layers):
+            self.lengths[run] = [length] * (run.stop - run.start)
+
     def trim(self, length: int, layers: Iterable[int]) -> None:
         """Forget positions from ``length`` on in these layers."""
         for layer in layers:
@@ -104,6 +115,13 @@ class Slot:
             keys = self.keys[layer].transpose(-1, -2).reshape(shape)
             values = self.values[layer].reshape(shape)
         return keys[:, :length, : s.size], values[:, :length, : s.size]
+
+
+def _stretches(layers: Sequence[int]) -> list[slice]:
+    """Return ascending layers as slices: one, as nearly always, or one each."""
+    if layers and layers[-1] - layers[0] == len(layers) - 1:
+        return [slice(layers[0], layers[-1] + 1)]
+    return [slice(layer, layer + 1) for layer in layers]
 
 
 def _grown(old: Tensor, shape: tuple[int, ...], *, int8: bool = False) -> Tensor:
