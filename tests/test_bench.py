@@ -162,6 +162,7 @@ ONE_EACH = Constants(
     path=((1, 2.0), (6, 7.0)),
     bare=((1, 1.0), (2, 2.0)),
     step=0.0,
+    ask=0.0,
 )
 """A second for each row of a layer or a head."""
 

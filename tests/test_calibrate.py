@@ -71,6 +71,7 @@ def taking(backbone: Backbone, head: float = 1.0) -> Constants:
         path=((1, 1 + readout),),
         bare=((1, 1.0),),
         step=0.0,
+        ask=0.0,
     )
 
 

@@ -220,7 +220,9 @@ def test_a_plan_that_cannot_pay_draws_one_line(
     assert shell(*draft)[2] == ""
     layer = ((1, 1e-3), (8, 1.1e-3))
     paths = {"path": ((1, head + 1e-3), (6, head + 6e-3)), "bare": ((1, 1e-3), (2, 2e-3))}
-    known = Constants(layer=layer, pair=0, key=0, head=((1, head),), fill=layer, step=0, **paths)
+    known = Constants(
+        layer=layer, pair=0, key=0, head=((1, head),), fill=layer, step=0, ask=0, **paths
+    )
     monkeypatch.setattr("offramp.timing.known", lambda _backbone: known)
     assert shell(*base)[::2] == (0, "")
     status, _, err = shell(*draft)

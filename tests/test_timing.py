@@ -62,6 +62,7 @@ class Costs:
     pair: float = 0.0
     key: float = 0.0
     step: float = 7e-4
+    ask: float = 0.0
 
 
 class Clockwork(Counting):
@@ -71,7 +72,12 @@ class Clockwork(Counting):
         super().__init__(shape, (lambda _: 0) if right else lambda depth: int(depth == LAYERS))
         self.costs, self.ragged, self.fingerprint = costs, True, "clockwork"
         self.halves = False
-        self.now, self.calls, self.slots = 0.0, 0, 0
+        self.spent, self.calls, self.slots = 0.0, 0, 0
+
+    @property
+    def now(self) -> float:
+        """Return the seconds since the beginning, those of asking at exits among them."""
+        return self.spent + self.costs.ask * self.meter.tally.asks
 
     def clock(self) -> float:
         """Return the time here."""
@@ -86,10 +92,10 @@ class Clockwork(Counting):
 
     def _take(self, price: tuple[float, float], rows: int) -> None:
         self.calls += 1
-        self.now += price[0] + price[1] * rows
+        self.spent += price[0] + price[1] * rows
 
     def embed(self, spans: Sequence[Span]) -> Tensor:
-        self.now += self.costs.step
+        self.spent += self.costs.step
         return super().embed(spans)
 
     def run(self, layers: Sequence[int], hidden: Tensor, spans: Sequence[Span]) -> Tensor:
@@ -97,7 +103,7 @@ class Clockwork(Counting):
             self._take(self.costs.layer, len(hidden))
             for span in spans:
                 pairs = sum(p + 1 for p in range(span.start, span.stop))
-                self.now += self.costs.pair * pairs + self.costs.key * span.stop
+                self.spent += self.costs.pair * pairs + self.costs.key * span.stop
         self.meter.ran(len(layers), spans)
         return hidden
 
@@ -114,8 +120,9 @@ class Clockwork(Counting):
 times = st.floats(1e-5, 1e-2)
 prices = st.tuples(times, times)
 small = st.floats(0, 1e-6)
+apart = st.floats(0, 1e-2)
 costs = st.builds(
-    Costs, layer=prices, head=prices, fill=prices, pair=small, key=small, step=st.floats(0, 1e-2)
+    Costs, layer=prices, head=prices, fill=prices, pair=small, key=small, step=apart, ask=apart
 )
 
 
@@ -140,6 +147,7 @@ def constants_of(work: Costs) -> Constants:
         path=tuple((depth, depth * layer[0][1] + head[0][1]) for depth in depths),
         bare=tuple((depth, depth * layer[0][1]) for depth in depths[:2]),
         step=work.step,
+        ask=work.ask,
     )
 
 
@@ -200,6 +208,7 @@ def test_seconds_are_the_hand_arithmetic() -> None:
         path=((1, 11.0), (3, 35.0)),
         bare=((1, 4.0),),
         step=100.0,
+        ask=0.0,
     )
     work = Meter()
     work.ran(2, [range(2)])  # 2 x 12: keys of its own are in the table
@@ -225,6 +234,7 @@ def test_a_short_head_keeps_more_in_the_cache() -> None:
         path=((1, 30.0), (3, 70.0)),
         bare=((1, 2.0), (2, 8.0)),
         step=0,
+        ask=0.0,
     )
     assert known.kept_seconds(3) == 70 - 70
     assert known.kept_seconds(1) == 30 - 50
@@ -259,7 +269,7 @@ def test_more_rows_never_take_less(
 @LAW
 @given(costs)
 def test_known_costs_are_found_again(work: Costs) -> None:
-    """Every table, the price of a key both ways, and what a step takes beside them."""
+    """Every table, the price of a key both ways, and what steps and asking take beside them."""
     backbone = Clockwork(work)
     found = measure(backbone, clock=backbone.clock)
     expected = constants_of(work)
@@ -270,6 +280,7 @@ def test_known_costs_are_found_again(work: Costs) -> None:
         for rows, value in table.items():
             assert at(getattr(expected, name), rows) == pytest.approx(value, rel=1e-6, abs=1e-9)
     assert found.step == pytest.approx(work.step, abs=1e-9)
+    assert found.ask == pytest.approx(work.ask, abs=1e-9)
     assert (found.pair, found.key) == pytest.approx((work.pair, work.key), rel=1e-3, abs=1e-10)
 
 
@@ -290,11 +301,11 @@ def test_a_slow_backbone_gets_few_looks(scale: float) -> None:
     backbone = Clockwork(Costs(layer=(0.1 * scale, 0.01 * scale), head=(0.2 * scale, 0.0)))
     found = measure(backbone, clock=backbone.clock)
     assert [rows for rows, _ in found.layer] == [1, 4, 16]
-    # Two steps, three numbers of rows, and the long text; paths of 1 to 5 layers, each four times,
-    # and two of them without the head.
+    # Two steps, four that ask or do not, three numbers of rows, and the long text; paths of 1 to 5
+    # layers, each four times, and two of them without the head.
     tally = backbone.meter.tally
-    assert tally.layers.total() == (2 + 3 + 2) * LAYERS + 4 * (1 + 2 + 3 + 4 + 5 + 1 + 2)
-    assert tally.heads.total() == 2 + 3 + 4 * 5
+    assert tally.layers.total() == (2 + 4 + 3 + 2) * LAYERS + 4 * (1 + 2 + 3 + 4 + 5 + 1 + 2)
+    assert tally.heads.total() == 2 + 4 + 3 + 4 * 5
     assert tally.fills.total() == (1 + 3) * LAYERS
 
 
@@ -357,7 +368,7 @@ def plain_seconds(work: Costs) -> float:
     return per_token(backbone, decode(backbone, [Request([0], 9)]), 4)
 
 
-linear = st.builds(Costs, layer=prices, head=prices, fill=prices, step=times)
+linear = st.builds(Costs, layer=prices, head=prices, fill=prices, step=times, ask=times)
 
 
 @LAW
@@ -419,7 +430,9 @@ def test_where_only_weights_take_time_both_views_agree(
     """Time by passes alone is weights read: the formulas are the same."""
     flat = [((1, price), (512, price)) for price in (1.0, 2.0)]
     tables = {"path": ((1, 3.0), (9, 11.0)), "bare": ((1, 1.0),)}
-    known = Constants(layer=flat[0], pair=0, key=0, head=flat[1], fill=flat[0], step=0, **tables)
+    known = Constants(
+        layer=flat[0], pair=0, key=0, head=flat[1], fill=flat[0], step=0, ask=0, **tables
+    )
     shares = [share * 0.45 for share in shares]  # beyond, a full queue costs passes
     expected = exit_ratio(SHAPE, [2, 3], shares)
     assert exit_ratio(SHAPE, [2, 3], shares, known) == pytest.approx(expected)
@@ -531,7 +544,7 @@ def test_another_machines_constants_are_not_used(
         lambda text: text[: len(text) // 2],
         lambda _text: "",
         lambda _text: "[]",
-        lambda text: text.replace('"format":2', '"format":1'),
+        lambda text: text.replace('"format":3', '"format":2'),
         lambda text: text.replace('"step":1.0', '"step":-1.0'),
         lambda text: text.replace('"step":1.0', '"step":NaN'),
         lambda text: text.replace('"step":1.0', '"step":1.0,"more":1'),

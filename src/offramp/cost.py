@@ -84,7 +84,8 @@ def seconds(
     if shape is not None and maps:
         maps *= map_in_heads(shape)
     steps = tally.steps * (constants.step + _kept(work, constants, shape, check_weights))
-    return layers + attention + heads + checks + maps + fills + steps
+    asks = tally.asks * constants.ask
+    return layers + attention + heads + checks + maps + fills + steps + asks
 
 
 def _kept(work: Meter, constants: Constants, shape: Shape | None, check_weights: int) -> float:
@@ -219,6 +220,11 @@ class Prices:
             return check_in_layers(self.shape)
         return self.constants.head_seconds(rows)
 
+    @property
+    def ask(self) -> float:
+        """Return the price of asking at an exit, beside what the check reads."""
+        return 0.0 if self.constants is None else self.constants.ask
+
     def fill(self, count: int) -> float:
         """Return the price of the keys and values of ``count`` layers for one row."""
         if self.constants is None:
@@ -296,15 +302,18 @@ def exit_ratio(
     going, start, run = 1.0, 0, 0.0
     cost = heads = 0.0
     looks = [check] * len(exits)  # the last layer may be an exit, for who is spared the full head
-    for stop, share, reads in zip((*exits, depth), (*shares, 0.0), (*looks, 1.0), strict=True):
-        passes, rows = going, 1.0
+    asked = [price.ask] * len(exits)
+    stops = zip((*exits, depth), (*shares, 0.0), (*looks, 1.0), (*asked, 0.0), strict=True)
+    for stop, share, reads, ask in stops:
+        passes, rows, forced = going, 1.0, 0.0
         if constants is not None and not copy:
-            passes = max(going, 1 / (1 + _MAX_WAITING))  # a full queue forces one
+            least = 1 / (1 + _MAX_WAITING)  # a full queue forces one, and does not ask it
+            passes, forced = max(going, least), max(least - going + share, 0.0)
             rows = 1 / passes
         cost += passes * price.layers(stop - start, rows)
         run += passes * (stop - start)
         heads += going * reads + share * choose
-        cost += going * price.own(stop)
+        cost += going * price.own(stop) + max(going - forced, 0.0) * ask
         if stop in shape.blocks:
             cost += min(1 - going, 1.0 if copy else passes) * price.fill(1)
         if copy:
@@ -338,7 +347,7 @@ def speculation_ratio(
     # The last drafted token has not run the draft's layers yet, so the confirming step runs them.
     common = int(depth) if shared is None else shared
     speaks = price.own(common) if common == depth else 0.0
-    draft = price.step(every) + price.layers(depth) + speaks + head * price.head()
+    draft = price.step(every) + price.layers(depth) + speaks + price.ask + head * price.head()
     passed = price.fill(1) if common == depth and common in shape.blocks else 0.0
     confirm = price.step(every) + price.layers(common) + passed + price.head(tokens + 1)
     confirm += price.layers(shape.num_layers - common, tokens + 1)

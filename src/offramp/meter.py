@@ -44,6 +44,8 @@ class Tally:
     """Keys read, summed over layer passes: each text's once, however many rows look at them."""
     steps: int = 0
     """Steps of the loop over segments."""
+    asks: int = 0
+    """Exits at which some row was asked, whatever it was asked by."""
 
     def __sub__(self, earlier: Tally) -> Tally:
         return Tally(

@@ -113,6 +113,9 @@ def step(
             ran = backbone.run_until(
                 [path[a:b] for a, b in pairwise(cuts)], flow.hidden, flow.spans, watch
             )
+            if asking:
+                passed = cuts[1 : ran.segments + 1]
+                backbone.meter.tally.asks += sum(depth in policy.exits for depth in passed)
             stop = cuts[ran.segments]
             flow = Flow(ran.hidden, flow.spans, flow.members)
             if stop not in policy.exits:

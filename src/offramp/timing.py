@@ -8,6 +8,7 @@ row looks at keys, which a text's rows read together.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from bisect import bisect_left
@@ -26,6 +27,7 @@ from offramp.batch import Span, Text
 from offramp.errors import OfframpError
 from offramp.files import cache_dir, write_text
 from offramp.machine import processor
+from offramp.policy import FULL, Policy, Threshold
 from offramp.step import step
 
 ROWS = (1, 4, 16, 64, 256, 2, 8, 32, 128, 512, 3, 5, 6, 12, 24)
@@ -36,11 +38,13 @@ _LONG = 2048
 """Keys of the long text, by which the time of attention is found."""
 _SETTLED = 3
 """Passes after which a cache keeps what it will keep of few layers."""
+_FEW = 32
+"""Vocabulary entries that a check looks through, to see what it takes beside them."""
 _TOGETHER = 4
 """Rows that look at the long text together."""
 _BUDGET = 8.0
 """Seconds that measuring should take; a slow backbone takes longer for one look at each point."""
-_FEWEST, _TURNS = 19, 21
+_FEWEST, _TURNS = 20, 21
 """Points always timed (three numbers of rows); looks at each point after the first."""
 _BYTES = 2**20
 """More than a file of constants could have."""
@@ -90,6 +94,8 @@ class Constants(_Record):
     """The same without the head: fewer weights yet."""
     step: Seconds
     """What a step takes beside layers and head: preparing, embedding, looping, choosing."""
+    ask: Seconds
+    """What asking at an exit takes beside reading the check's weights: meeting and scoring."""
 
     def layer_seconds(self, rows: float, context: int = 0) -> float:
         """Return seconds of one layer for ``rows`` new rows of a text of ``context`` tokens."""
@@ -124,6 +130,7 @@ class Constants(_Record):
             "layer_microseconds": {str(rows): 1e6 * seconds for rows, seconds in self.layer},
             "head_microseconds": 1e6 * self.head_seconds(1),
             "step_microseconds": 1e6 * self.step,
+            "ask_microseconds": 1e6 * self.ask,
             "key_microseconds": 1e6 * (self.pair + self.key),
             "check_in_layers": self.head_seconds(1) / layer if layer else None,
             "fill_in_layers": self.fill_seconds(1) / layer if layer else None,
@@ -146,7 +153,7 @@ def at(table: Sequence[tuple[float, float]], x: float) -> float:
 
 
 class _Kept(_Record):
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     of: dict[str, str]
     constants: Constants
 
@@ -277,11 +284,17 @@ class Stand:
         depth = len(self.path)
         paths = [("path", max(depth * fifths // 5, 1)) for fifths in (2, 5, 1, 3, 4)]
         bare = [("bare", max(depth * fifths // 5, 1)) for fifths in (2, 1)]
-        return [("step", 1), *dict.fromkeys((*long, *paths, *bare)), *parts]
+        return [("step", 1), ("ask", 1), *dict.fromkeys((*long, *paths, *bare)), *parts]
 
     def time(self, part: str, rows: int) -> float:
-        """Return the seconds of one call; for a step, those outside its layers and head."""
+        """Return the seconds of one call; for a step, those outside its layers and head.
+
+        For asking, those of one check among few entries: of asking wherever no exit owns anything,
+        for alone it would be lost in what a step takes more and less.
+        """
         match part:
+            case "ask":
+                return self._asked()
             case "step":
                 self._step()  # a loop runs again and again, too
                 return self._step()
@@ -324,6 +337,26 @@ class Stand:
         seconds = self._timed(call)
         self.backbone.trim(self.texts[0].slot, 0)
         return seconds
+
+    def _asked(self) -> float:
+        backbone, depth = self.backbone, len(self.path)
+        own = {*backbone.apart, *backbone.blocks}
+        exits = [stop for stop in range(1, depth) if stop not in own]
+        if not exits:
+            return 0.0
+        never = Threshold("max_prob", tuple((stop, math.inf) for stop in exits))
+        few = backbone.shortlist(torch.arange(min(_FEW, backbone.shape.vocab_size)))
+
+        def once(policy: Policy) -> float:
+            text = Text(self.texts[0].ids[:1], self.texts[0].slot)
+            seconds = self._timed(lambda: step(backbone, [text], policy, look=few))
+            backbone.trim(text.slot, 0)
+            return seconds
+
+        once(never)  # a plain step and one that asks, both after one of their kind
+        asking = once(never)
+        once(FULL)
+        return (asking - once(FULL)) / len(exits)
 
     def _step(self) -> float:
         text = Text(self.texts[0].ids[:1], self.texts[0].slot)
@@ -393,6 +426,7 @@ def _fitted(stand: Stand, seconds: dict[_Point, float]) -> Constants:
         path=table("path", 1),
         bare=table("bare", 1),
         step=max(seconds["step", 1], 0.0),
+        ask=max(seconds["ask", 1], 0.0),
     )
 
 
