@@ -70,6 +70,10 @@ paper-layers: $(READY)  ## an oracle is of 20 texts or more
 		--data $(DATA)/alpaca_52k/alpaca_data_52k.jsonl.gz $(FEW) --out $(OUT)/skip_gates.json
 	$(BIN)/python experiments/oracle.py --data $(LITE_SETS) \
 		$(if $(LIMIT),--limit $(LIMIT)0 --max-new-tokens 8) --out $(OUT)/oracle.json
+	$(TUNE) general --only sorted
+	$(BIN)/python experiments/oracle_running.py $(RUNS)/general-sorted --depths 12 18 24 \
+		--data $(RUNS)/data/general/held.jsonl \
+		$(if $(LIMIT),--limit $(LIMIT)0 --max-new-tokens 8) --out $(OUT)/oracle_running.json
 
 paper-sorted: $(READY)
 	$(TUNE) general --only sft sorted ict extracted-12 extracted-18 extracted-24
@@ -80,8 +84,8 @@ paper-sorted: $(READY)
 		--out $(OUT)/sorted.json
 
 policies: $(READY)
-	$(TUNE) exits --only blocks
-	$(BIN)/python experiments/policies.py $(RUNS)/exits-blocks --exits 18 24 --prompts $(LITE_SETS) \
+	$(TUNE) exits --only blocks more whole
+	$(BIN)/python experiments/policies.py $(RUNS)/exits-whole --prompts $(LITE_SETS) --alpha 0.1 0.3 \
 		--head shortlist:4096 $(if $(LIMIT),--limit $(LIMIT)0 --max-new-tokens 24 --rounds 1) \
 		--out $(OUT)/policies.json
 

@@ -27,23 +27,34 @@ def oracle(record: dict[str, Any]) -> str:
             lines.append(
                 f"| {name} | {row['budget']:g} | {' | '.join(shown)} | {_recovered(row)} |"
             )
-        low, high = arm["smallest_interval"]
-        half = arm["smallest_held_out"]
-        null = (
-            "; no null: whatever tokens are drawn, the full model agrees with itself on each"
-            if arm["null_gain"] is None
-            else f", {arm['null_gain']:.3f} by seed alone"
-        )
-        ends.append(
-            f"- {name}: {arm['texts']} texts, full model {arm['full']:.3f}; the oracle equals it "
-            f"at {arm['smallest']:.1f} layers ({low:.1f} to {high:.1f}), held out "
-            f"{'never' if half is None else f'at {half:.1f}'}. With depth for free it gains "
-            f"{arm['gain']:.3f}, {arm['held_out_gain']:.3f} held out{null}. The router explains "
-            f"{arm['router']['explained']:.1%} of what differs between texts."
-        )
+        ends.append(_summed_up(name, arm))
+    forced = record["arms"][0]["teacher_forced"]
     return "\n".join([*lines, "", *ends]) + (
         f"\n\n{record['model']}, {record['weights']}, {record['max_new_tokens']} tokens of each "
-        f"text, teacher-forced. Written by `{record['command']}`."
+        f"text, {'teacher-forced' if forced else 'each depth on its own text'}. Written by "
+        f"`{record['command']}`."
+    )
+
+
+def _summed_up(name: str, arm: dict[str, Any]) -> str:
+    """Return in a sentence what the oracle gains, and what is noise; answers have no halves."""
+    (low, high), half = arm["smallest_interval"], arm["smallest_held_out"]
+    halved = arm["held_out_gain"] is not None
+    null = arm["null_gain"]
+    if null is not None:
+        chance = f", {null:.3f} by seed alone"
+    elif arm["teacher_forced"]:
+        chance = "; no null: whatever tokens are drawn, the full model agrees with itself on each"
+    else:
+        chance = "; no null: nothing is drawn"
+    return (
+        f"- {name}: {arm['texts']} texts, full model {arm['full']:.3f}; the oracle equals it "
+        f"at {arm['smallest']:.1f} layers ({low:.1f} to {high:.1f})"
+        + (f", held out {'never' if half is None else f'at {half:.1f}'}" if halved else "")
+        + f". With depth for free it gains {arm['gain']:.3f}"
+        + (f", {arm['held_out_gain']:.3f} held out" if halved else "")
+        + f"{chance}. The router explains {arm['router']['explained']:.1%} of what differs between "
+        "texts."
     )
 
 
@@ -97,16 +108,16 @@ def control(record: dict[str, Any]) -> str:
 
 
 def policies(record: dict[str, Any]) -> str:
-    """Return every policy at one risk: depth, operations, predicted and measured time."""
+    """Return every policy at equal risk: depth, operations, predicted and measured time."""
     lines = [
-        "| policy | risk on held-out texts (95%) | mean depth | operations | predicted time "
-        "| measured time (quartiles) | mean depth then |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| risk asked | policy | risk on held-out texts (95%) | mean depth | operations "
+        "| predicted time | measured time (quartiles) | mean depth then |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     notes = []
     for row in record["rows"]:
         if "risk" not in row:
-            notes.append(f"{row['name']}: {row['note']}")
+            notes.append(f"{row['name']} at {row['alpha']:g}: {row['note']}")
             continue
         low, high = row["risk_interval"]
         operations = f"{row['flops_ratio']:.2f}" if "flops_ratio" in row else ""
@@ -116,7 +127,7 @@ def policies(record: dict[str, Any]) -> str:
             took = f"{row['time_ratio']:.2f} ({first:.2f}-{last:.2f})"
             then = f"{row['own_mean_depth']:.1f}"
         lines.append(
-            f"| {row['name']} | {row['risk']:.3f} ({low:.3f} to {high:.3f}) "
+            f"| {row['alpha']:g} | {row['name']} | {row['risk']:.3f} ({low:.3f} to {high:.3f}) "
             f"| {row['mean_depth']:.1f} | {operations} | {row['predicted_ratio']:.2f} | {took} "
             f"| {then} |"
         )
@@ -124,10 +135,9 @@ def policies(record: dict[str, Any]) -> str:
     left = f" Not in the table: {'; '.join(notes)}." if notes else ""
     return "\n".join(lines) + (
         f"\n\n{record['model']}, {record['weights']}, exits look through {record['check']}, "
-        f"tokens that leave are chosen by {record['head']}; risk asked at most "
-        f"{record['alpha']:g} on the half that chooses; {record['texts']} texts, "
-        f"{record['tokens']} tokens; agreement with the last layer {agreement}. Full depth = 1."
-        f"{left} Written by `{record['command']}`."
+        f"tokens that leave are chosen by {record['head']}; a risk is asked of the half that "
+        f"chooses; {record['texts']} texts, {record['tokens']} tokens; agreement with the last "
+        f"layer {agreement}. Full depth = 1.{left} Written by `{record['command']}`."
     )
 
 

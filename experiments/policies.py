@@ -1,6 +1,6 @@
-r"""Every way of leaving early at one risk: what does each save, counted, predicted and timed?
+r"""Every way of leaving early at equal risk: what does each save, counted, predicted and timed?
 
-    python experiments/policies.py MODEL --prompts all_730.jsonl --alpha 0.1 \
+    python experiments/policies.py MODEL --prompts all_730.jsonl --alpha 0.1 0.3 \
         --out results/policies.json
 
 MODEL is a tuned folder, or "default". It answers the prompts greedily; one pass over that text is
@@ -17,6 +17,7 @@ import argparse
 import random
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def main() -> None:
     prompts = list(read_prompts(options.prompts))
     prompts = random.Random(options.seed).sample(prompts, min(options.limit, len(prompts)))
     texts = own_answers(
-        model, prompts, raw=False, max_new_tokens=options.max_new_tokens, batch_size=16
+        model, prompts, raw=options.raw, max_new_tokens=options.max_new_tokens, batch_size=16
     )
     texts = [(ids, first) for ids, first in texts if len(ids) - first >= 2]
     look = max(exits[0] // 2, 1)
@@ -60,16 +61,18 @@ def main() -> None:
         features=features_of(model.backbone, [ids[:first] for ids, first in texts], (look,)),
         look=look,
         constants=constants(model.backbone),
-        alpha=options.alpha,
+        alpha=options.alpha[0],
         folder=options.out.with_suffix(".parts"),
     )
-    judge.folder.mkdir(parents=True, exist_ok=True)
     found: list[Found] = []
-    for one in _all_found(judge):
-        print(one.facts(), flush=True)
-        found.append(one)
+    for alpha in options.alpha:
+        asked = replace(judge, alpha=alpha, folder=judge.folder / f"{alpha:g}")
+        asked.folder.mkdir(parents=True, exist_ok=True)
+        for one in _all_found(asked):
+            print(one.facts(), flush=True)
+            found.append(one)
     timed = _timed(model, found, judge.held_out_prompts(options.timed), options)
-    rows = [one.facts() | timed.get(one.name, {}) for one in found]
+    rows = [one.facts() | timed.get((one.alpha, one.name), {}) for one in found]
     record = {
         "command": command(),
         "model": Path(model.name).name,
@@ -78,7 +81,6 @@ def main() -> None:
         "check": options.check,
         "head": options.head,
         "exits": exits,
-        "alpha": options.alpha,
         "seed": options.seed,
         "texts": len(texts),
         "tokens": sum(judge.trace.rows),
@@ -95,7 +97,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("model", help='folder, hub id or "default"')
     parser.add_argument("--prompts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--alpha", type=float, default=0.1)
+    parser.add_argument("--alpha", type=float, nargs="+", default=[0.1], help="risks, a table each")
     parser.add_argument("--exits", type=int, nargs="+", help="the model's own by default")
     parser.add_argument("--check", default="shortlist:4096", help="what exits look through")
     parser.add_argument("--head", default="full", help="what chooses the tokens that leave")
@@ -103,6 +105,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--timed", type=int, default=8, help="held-out prompts to run in turns")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--raw", action="store_true", help="no chat template")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -129,17 +132,17 @@ def _all_found(judge: Judge) -> Iterator[Found]:
 
 def _timed(
     model: offramp.Model, found: Sequence[Found], ids: list[list[int]], options: argparse.Namespace
-) -> dict[str, dict[str, Any]]:
+) -> dict[tuple[float, str], dict[str, Any]]:
     """Run every policy and full depth in turns; return what each took of full depth."""
-    backbone, shape = model.backbone, model.backbone.shape
-    plans = {one.name: Plan(run=one.run) for one in found if one.run is not None}
-    plans["full"] = Plan(run=Full())
-    ratios: dict[str, list[float]] = {name: [] for name in plans}
-    known: dict[str, dict[str, Any]] = {}
+    backbone, shape, whole = model.backbone, model.backbone.shape, (0.0, "full")
+    plans = {(one.alpha, one.name): Plan(run=one.run) for one in found if one.run is not None}
+    plans[whole] = Plan(run=Full())
+    ratios: dict[tuple[float, str], list[float]] = {name: [] for name in plans}
+    known: dict[tuple[float, str], dict[str, Any]] = {}
     for turn in range(options.rounds):
         order = list(plans)
         random.Random(turn).shuffle(order)
-        took: dict[str, float] = {}
+        took: dict[tuple[float, str], float] = {}
         for name in order:
             requests = [Request(list(one), options.max_new_tokens, eos=model.eos) for one in ids]
             before, start = backbone.meter.copy(), time.perf_counter()
@@ -149,14 +152,14 @@ def _timed(
             sizes = [
                 (len(one), sum(token.index == i for token in tokens)) for i, one in enumerate(ids)
             ]
-            whole = full_depth(sizes, shape, 1, batched=backbone.batched, ragged=backbone.ragged)
+            plain = full_depth(sizes, shape, 1, batched=backbone.batched, ragged=backbone.ragged)
             known[name] = {
                 "flops_ratio": flops(work, shape, cheap_weights(plans[name], shape))
-                / flops(whole, shape),
+                / flops(plain, shape),
                 "own_mean_depth": sum(token.depth for token in tokens) / len(tokens),
             }
         for name, seconds in took.items():
-            ratios[name].append(seconds / took["full"])
+            ratios[name].append(seconds / took[whole])
         print(f"round {turn + 1}: {took}", flush=True)
     for name, values in ratios.items():
         middle, (low, high) = spread(values)

@@ -160,37 +160,54 @@ def of_oracle(record: Row) -> list[Row]:
     for arm in record["arms"]:
         name, layers = f"{arm['text']}, {arm['score']}", arm["costs"][-1]
         low, high = (end / layers for end in arm["smallest_interval"])
-        half = arm["smallest_held_out"]
         null = arm["null_gain"]
+        why = "by the score's nature" if arm["teacher_forced"] else "for nothing is drawn"
         rows += [
             compared(
                 f"{name}: layers at which the oracle equals the full model",
                 f"{SHARE:.1%} (5.6 of 24)",
                 f"{arm['smallest'] / layers:.1%} ({low:.1%} to {high:.1%}; "
                 f"{arm['smallest']:.1f} of {layers:g})",
-                f"no: {arm['score']}, teacher-forced; no depth below {arm['costs'][0]:g} offered",
+                f"{_as_scored(arm)}; no depth below {arm['costs'][0]:g} offered",
             ),
-            compared(
-                f"{name}: chosen on half of the tokens, judged on the other",
-                "not tried",
-                "never" if half is None else f"{half / layers:.1%}",
-                "what is left without peeking at the score itself",
-            ),
+            *_halved(name, arm),
             compared(
                 f"{name}: gain on the full model, depth for free",
                 f"{FREE - FULL:+.4f} ROUGE-L on {FULL:.4f}",
                 f"{_zero(arm['gain']):+.3f} on {arm['full']:.3f}",
-                f"no: {arm['score']}",
+                _as_scored(arm),
             ),
             compared(
                 f"{name}: the same gain by chance alone",
                 "not tried",
-                "none, by the score's nature" if null is None else f"{null:+.3f}",
+                f"none, {why}" if null is None else f"{null:+.3f}",
                 "runs of the full model that differ by seed alone",
             ),
             *_foreseen(name, arm),
         ]
     return rows
+
+
+def _as_scored(arm: Row) -> str:
+    """Return how far a score is the paper's, which is ROUGE-L of what each depth writes."""
+    if arm["teacher_forced"]:
+        return f"no: {arm['score']}, teacher-forced"
+    return "yes, of other texts and another model"
+
+
+def _halved(name: str, arm: Row) -> list[Row]:
+    """Return what choices made on half of each text's tokens do; an answer has no halves."""
+    if not arm["teacher_forced"]:
+        return []
+    half, layers = arm["smallest_held_out"], arm["costs"][-1]
+    return [
+        compared(
+            f"{name}: chosen on half of the tokens, judged on the other",
+            "not tried",
+            "never" if half is None else f"{half / layers:.1%}",
+            "what is left without peeking at the score itself",
+        )
+    ]
 
 
 def _foreseen(name: str, arm: Row) -> list[Row]:

@@ -104,6 +104,7 @@ def by_running(
     name: str,
     sampling: Sampling | None = None,
     max_new_tokens: int = 64,
+    raw: bool = False,
     batch_size: int = 8,
 ) -> ScoreTable:
     """Return the table of what each way writes itself, judged: the paper's own construction.
@@ -120,6 +121,7 @@ def by_running(
         name: what its score is called.
         sampling: how tokens are drawn, greedy by default.
         max_new_tokens: most new tokens of each answer.
+        raw: leave out the chat template.
         batch_size: prompts at once.
 
     Raises:
@@ -133,6 +135,7 @@ def by_running(
             plan=Plan(run=run),
             sampling=drawn,
             max_new_tokens=max_new_tokens,
+            raw=raw,
             batch_size=batch_size,
         ).outputs
         depths = [depth for output in outputs for depth in output.depths]
