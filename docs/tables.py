@@ -296,7 +296,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "race_e2e": race,
     },
     "docs/laws.md": {"lossless": lossless},
-    "docs/oracle.md": {"oracle": oracle},
+    "docs/oracle.md": {"oracle": oracle, "oracle_running": oracle},
     "docs/search.md": {"control": control, "sublayers": sublayers},
     "docs/results.md": {
         "lite": lite,
@@ -308,7 +308,9 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
         "skip_exit": skip_exit,
         "skip_gates": skip_gates,
         "oracle": beside,
+        "oracle_running": beside,
         "policies": policies,
+        "policies_e2e": policies,
         "evaluate_exits": evaluated,
         "race": race,
         "race_int4": race,
