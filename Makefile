@@ -27,8 +27,8 @@ unit: $(READY)
 families: $(READY)  ## every family there is, as a table
 	$(BIN)/python -m tests.families_table results/families.json
 
-lossless: $(READY)  ## needs DATA=all_730.jsonl; hours on two cores, resumable
-	$(BIN)/python experiments/lossless.py --data $(DATA) --out results/lossless.json
+lossless: $(READY)  ## hours on two cores, resumable
+	$(BIN)/python experiments/lossless.py --data $(LITE_SETS) --rotate --out results/lossless.json
 
 results: $(READY)  ## write the README's table again from results/
 	$(BIN)/python docs/tables.py

@@ -301,6 +301,7 @@ TABLES: dict[str, dict[str, Callable[..., str]]] = {
     "docs/results.md": {
         "lite": lite,
         "lite_tuned": lite,
+        "lite_whole": lite,
         "sorted": sorted_llama,
         "adainfer": adainfer,
         "adainfer_tuned": adainfer,
