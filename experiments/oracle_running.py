@@ -18,7 +18,7 @@ from typing import Any
 from command import command
 from narrow_arms import shown
 from papers import shown_rows
-from selection_figures import of_oracle
+from selection_figures import of_oracle as comparison
 
 import offramp
 from offramp.allocate.report import default_budgets, report
@@ -68,7 +68,7 @@ def main() -> None:
         "temperature": options.temperature,
         "arms": arms,
     }
-    record["comparison"] = of_oracle(record)
+    record["comparison"] = comparison(record)
     print(shown_rows(record["comparison"]))
     finish(record, as_json=False, out=options.out)
 
