@@ -19,6 +19,7 @@ from command import command
 from narrow_arms import shown
 from papers import shown_rows
 from selection_figures import of_oracle as comparison
+from tqdm import tqdm
 
 import offramp
 from offramp.allocate.report import default_budgets, report
@@ -112,23 +113,34 @@ def _arm(
 ) -> dict[str, Any]:
     """Return what the oracle, its null and a router make of one way of choosing tokens."""
     prompts, last = [prompt for prompt, _ in asked], model.backbone.shape.num_layers
-    table = by_running(
-        model,
-        prompts,
-        [*(SubModel(layers=prefix(depth, last)) for depth in depths), Full()],
-        lambda i, output: rouge_l(output.text, asked[i][1]),
-        name="rouge_l",
-        sampling=sampling,
-        max_new_tokens=options.max_new_tokens,
-        raw=options.raw,
-        batch_size=BATCH,
-    )
+    name = "greedy" if sampling is None else f"drawn at {options.temperature:g}"
+    ways: list[Full | offramp.Exit | SubModel] = [
+        *(SubModel(layers=prefix(depth, last)) for depth in depths),
+        Full(),
+    ]
+    answers = len(asked) * len(ways) * (1 if sampling is None else 2)  # the null's among them
+    with tqdm(total=answers, desc=name, unit="answer") as bar:
+
+        def judge(i: int, output: offramp.Output) -> float:
+            bar.update()
+            return rouge_l(output.text, asked[i][1])
+
+        table = by_running(
+            model,
+            prompts,
+            ways,
+            judge,
+            name="rouge_l",
+            sampling=sampling,
+            max_new_tokens=options.max_new_tokens,
+            raw=options.raw,
+            batch_size=BATCH,
+        )
     ids = [encode(model.tokenizer, prompt, raw=options.raw) for prompt in prompts]
     looks = (options.look,)
     table = table.with_features(features_of(model.backbone, ids, looks), looks)
     router, predicted = fitted_router(table, seed=options.seed, needed=False)
     done = report(table, default_budgets(table.costs), predicted, seed=options.seed)
-    name = "greedy" if sampling is None else f"drawn at {options.temperature:g}"
     print(name, f"full {done.full:.4f}, oracle equals it at {done.smallest:.2f}", done.constant)
     return {"text": name, **as_record(table, done, router)}
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,15 +64,15 @@ def main() -> None:
         alpha=options.alpha[0],
         folder=options.out.with_suffix(".parts"),
     )
-    found: list[Found] = []
+    found: dict[tuple[float, str], Found] = {}
     for alpha in options.alpha:
         asked = replace(judge, alpha=alpha, folder=judge.folder / f"{alpha:g}")
         asked.folder.mkdir(parents=True, exist_ok=True)
         for one in _all_found(asked):
-            print(one.facts(), flush=True)
-            found.append(one)
+            print(alpha, one.facts(), flush=True)
+            found[alpha, one.name] = one
     timed = _timed(model, found, judge.held_out_prompts(options.timed), options)
-    rows = [one.facts() | timed.get((one.alpha, one.name), {}) for one in found]
+    rows = [{"alpha": key[0], **one.facts(), **timed.get(key, {})} for key, one in found.items()]
     record = {
         "command": command(),
         "model": Path(model.name).name,
@@ -131,11 +131,14 @@ def _all_found(judge: Judge) -> Iterator[Found]:
 
 
 def _timed(
-    model: offramp.Model, found: Sequence[Found], ids: list[list[int]], options: argparse.Namespace
+    model: offramp.Model,
+    found: dict[tuple[float, str], Found],
+    ids: list[list[int]],
+    options: argparse.Namespace,
 ) -> dict[tuple[float, str], dict[str, Any]]:
     """Run every policy and full depth in turns; return what each took of full depth."""
     backbone, shape, whole = model.backbone, model.backbone.shape, (0.0, "full")
-    plans = {(one.alpha, one.name): Plan(run=one.run) for one in found if one.run is not None}
+    plans = {key: Plan(run=one.run) for key, one in found.items() if one.run is not None}
     plans[whole] = Plan(run=Full())
     ratios: dict[tuple[float, str], list[float]] = {name: [] for name in plans}
     known: dict[tuple[float, str], dict[str, Any]] = {}

@@ -6,7 +6,7 @@ Costs are predicted seconds of this machine per token, full depth = 1, and count
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -53,7 +53,6 @@ SEARCHED, JUDGED = 12, 40
 class Found:
     """One policy at its operating point, judged on the held-out texts."""
 
-    alpha: float
     name: str
     run: Run | None
     """How to run it; None where nothing kept the risk, or it cannot be run."""
@@ -66,15 +65,14 @@ class Found:
     def facts(self) -> dict[str, Any]:
         """Return the figures by name; the risk with its 95% bootstrap interval over texts."""
         if self.risks is None:
-            return {"alpha": self.alpha, "name": self.name, "note": self.note}
+            return {"name": self.name, "note": self.note}
         draw = torch.Generator().manual_seed(0)
         index = torch.randint(len(self.risks), (RESAMPLES, len(self.risks)), generator=draw)
         ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
         low, high = self.risks.double()[index].mean(1).quantile(ends).tolist()
         return {
-            "alpha": self.alpha,
             "name": self.name,
-            "run": None if self.run is None else _without_folders(self.run),
+            "run": None if self.run is None else _brief(self.run.model_dump(mode="json")),
             "risk": self.risks.double().mean().item(),
             "risk_interval": [low, high],
             "mean_depth": self.depth,
@@ -83,14 +81,18 @@ class Found:
         }
 
 
-def _without_folders(run: Run) -> dict[str, Any]:
-    facts = run.model_dump(mode="json")
-    for key in ("classifier", "router"):
-        if facts.get(key):
-            facts[key] = Path(facts[key]).name
-    if (check := facts.get("check")) and "file" in check:
-        check["file"] = Path(check["file"]).name
-    return facts
+def _brief(facts: Any) -> Any:
+    """Return a run's facts without folders, and of a list of tokens how many are in it."""
+    if isinstance(facts, list):
+        return [_brief(one) for one in facts]
+    if not isinstance(facts, dict):
+        return facts
+    brief = {key: _brief(value) for key, value in facts.items()}
+    for key in brief.keys() & {"classifier", "router", "file"}:
+        brief[key] = brief[key] and Path(brief[key]).name
+    if brief.get("kind") == "tokens":
+        brief["tokens"] = len(brief["tokens"])
+    return brief
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,7 @@ class Judge:
         wrong = (done.chosen != trace.chosen[:, -1]).double()
         risks = torch.stack([one.mean() for one in wrong.split(list(trace.rows))])
         depth = done.depths.double().mean().item()
-        return Found(
-            self.alpha, name, run, risks, depth, self.price(policy.exits, done.depths, check)
-        )
+        return Found(name, run, risks, depth, self.price(policy.exits, done.depths, check))
 
 
 def found_by_token(judge: Judge) -> Iterator[Found]:
@@ -165,7 +165,7 @@ def _classified(judge: Judge, kind: Kind) -> Found:
     try:
         fitted = fit_classifier(judge.chosen_on, kind)
     except offramp.UsageError as error:
-        return Found(judge.alpha, name, None, None, note=str(error))
+        return Found(name, None, None, note=str(error))
     file = judge.folder / f"{kind}.safetensors"
     fitted.save(file)
 
@@ -208,13 +208,13 @@ def _signal(judge: Judge, signal: str) -> Found:
     try:
         scores = seen(trace, signal, way.exits, way.check)
     except offramp.UsageError as error:
-        return Found(judge.alpha, signal, None, None, note=str(error))
+        return Found(signal, None, None, note=str(error))
     done = replay_settings(trace, way, grid(scores, keep_exits=way.keeps_exits))
     price = pricing(judge.model.backbone.shape, judge.check, trace, judge.constants, judge.head)
     cost = costs(done, np.arange(len(trace.rows)), price)
     kept = done.losses["disagreement"].mean(-1) <= judge.alpha
     if not kept.any():
-        return Found(judge.alpha, signal, None, None, note="no setting keeps the risk")
+        return Found(signal, None, None, note="no setting keeps the risk")
     run = run_of(way, done.thresholds[int(np.where(kept, cost, np.inf).argmin())])
     return judge.judged(signal, run, run.policy, judge.check)
 
@@ -231,20 +231,24 @@ def _one_threshold(
 
     First among some far apart, then among as many below the best of those.
     """
-    trace, best, (low, high) = judge.chosen_on, (math.inf, math.nan), span
-    step = (high - low) / LEVELS
-    for start, width in ((low, step), (None, step / LEVELS)):
-        begin = best[1] - step if start is None else start
-        for k in range(LEVELS + 1):
-            level = begin + width * k
+    trace, (low, high) = judge.chosen_on, span
+
+    def cheapest(levels: Iterable[float]) -> float | None:
+        """Return the level of the least cost among those that keep the risk, if any does."""
+        costs = {}
+        for level in levels:
             done = replay(trace, policy(level), check=check, head=judge.head)
-            risk = (done.chosen != trace.chosen[:, -1]).double().mean().item()
-            cost = judge.price(trace.exits, done.depths, check)
-            if risk <= judge.alpha and cost < best[0]:
-                best = cost, level
-        if math.isinf(best[0]):
-            return Found(judge.alpha, name, None, None, note="no threshold keeps the risk")
-    return judge.judged(name, run(best[1]), policy(best[1]), check)
+            if (done.chosen != trace.chosen[:, -1]).double().mean().item() <= judge.alpha:
+                costs[level] = judge.price(trace.exits, done.depths, check)
+        return min(costs, key=costs.__getitem__, default=None)
+
+    step = (high - low) / LEVELS
+    best = cheapest(low + step * k for k in range(LEVELS + 1))
+    if best is None:
+        return Found(name, None, None, note="no threshold keeps the risk")
+    best = cheapest(best - step * k / LEVELS for k in range(LEVELS))
+    assert best is not None  # the first of these is the one found before
+    return judge.judged(name, run(best), policy(best), check)
 
 
 def found_by_text(judge: Judge) -> Iterator[Found]:
@@ -258,9 +262,9 @@ def found_by_text(judge: Judge) -> Iterator[Found]:
         wrong = (~judged.agrees[:, enough[0]]).double().split(list(judged.rows))
         risks = torch.stack([one.mean() for one in wrong])
         run = SubModel(layers=prefix(depth, last), head=judge.head)
-        yield Found(judge.alpha, "fixed depth", run, risks, depth, judge.by_text(depth))
+        yield Found("fixed depth", run, risks, depth, judge.by_text(depth))
     else:
-        yield Found(judge.alpha, "fixed depth", None, None, note="none of the exits keeps the risk")
+        yield Found("fixed depth", None, None, note="none of the exits keeps the risk")
     yield _evenly_skipped(judge)
     yield _searched(judge)
     tables = [_table(judge, one) for one in (0, 1)]
@@ -275,7 +279,7 @@ def found_by_text(judge: Judge) -> Iterator[Found]:
     ):
         budget = solve(scores, tables[1].costs).smallest_budget(target)
         risks = torch.full((len(scores),), judge.alpha)
-        yield Found(judge.alpha, name, None, risks, budget, judge.by_text(budget), "cannot be run")
+        yield Found(name, None, risks, budget, judge.by_text(budget), "cannot be run")
 
 
 def _evenly_skipped(judge: Judge) -> Found:
@@ -297,14 +301,10 @@ def _of_layers(judge: Judge, name: str, paths: Sequence[tuple[int, ...]]) -> Fou
     risks = [_wrong(judge, path, chosen).mean().item() for path in paths]
     kept = [path for path, risk in zip(paths, risks, strict=True) if risk <= judge.alpha]
     if not kept:
-        return Found(
-            judge.alpha, name, None, None, note=f"{len(paths[0])} layers risk {risks[0]:.2f}"
-        )
+        return Found(name, None, None, note=f"{len(paths[0])} layers risk {risks[0]:.2f}")
     path = min(kept, key=len)
     cost = path_ratio(judge.model.backbone.shape, len(path), judge.constants)
-    return Found(
-        judge.alpha, name, SubModel(layers=path), _wrong(judge, path, judged), len(path), cost
-    )
+    return Found(name, SubModel(layers=path), _wrong(judge, path, judged), len(path), cost)
 
 
 def _wrong(judge: Judge, path: Sequence[int], texts: Sequence[tuple[list[int], int]]) -> Tensor:
@@ -334,7 +334,7 @@ def _routed(judge: Judge, table: ScoreTable, held_out: ScoreTable) -> Found:
     try:
         router, crossed = fit_router(table)
     except offramp.UsageError as error:
-        return Found(judge.alpha, name, None, None, note=str(error))
+        return Found(name, None, None, note=str(error))
     for budget in np.arange(float(table.costs[0]), float(table.costs[-1]) + 0.01, 0.25):
         price = price_of(crossed, table.costs, float(budget))
         ways = (crossed - price * table.costs).argmax(1)
@@ -347,4 +347,4 @@ def _routed(judge: Judge, table: ScoreTable, held_out: ScoreTable) -> Found:
     risks = 1 - held_out.scores.gather(1, taken[:, None])[:, 0]
     depth = held_out.costs[taken].mean().item()
     run = Route(router=str(file), digest=digest, price=price, runs=table.runs)
-    return Found(judge.alpha, name, run, risks, depth, judge.by_text(depth))
+    return Found(name, run, risks, depth, judge.by_text(depth))

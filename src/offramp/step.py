@@ -113,12 +113,11 @@ def step(
             ran = backbone.run_until(
                 [path[a:b] for a, b in pairwise(cuts)], flow.hidden, flow.spans, watch
             )
-            if asking:
-                passed = cuts[1 : ran.segments + 1]
-                backbone.meter.tally.asks += sum(depth in policy.exits for depth in passed)
-            stop = cuts[ran.segments]
+            stop, at_exit = cuts[ran.segments], cuts[ran.segments] in policy.exits
+            if asking:  # whatever lies between two segments is an exit
+                backbone.meter.tally.asks += ran.segments - 1 + at_exit
             flow = Flow(ran.hidden, flow.spans, flow.members)
-            if stop not in policy.exits:
+            if not at_exit:
                 continue
             rows = ran.made
             if rows is None:
