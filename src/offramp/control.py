@@ -126,19 +126,20 @@ class Control:
         """Take in what a round did and how long it took."""
         if done.reading:
             return
-        costs, draft = self._costs[done.texts], done.draft
-        index = None if draft is None else self.drafts.index(draft)
-        costs.update(index, done.seconds)
+        costs = self._costs[done.texts]
         for belief in self._beliefs.values():
             belief.fade()
-        self._since += 1
-        if draft is None or index is None:
+        if done.draft is None:
+            costs.update(None, done.seconds)
             self._since = 0
             self.purse = min(self.purse + SHARE, PURSE)
             return
+        self._since += 1
+        index = self.drafts.index(done.draft)
+        costs.update(index, done.seconds)
         right = sum(right for _, right in done.confirmed)
         wrong = sum(right < drafted for drafted, right in done.confirmed)
-        self._beliefs[draft.layers].learn(right, wrong)
+        self._beliefs[done.draft.layers].learn(right, wrong)
         cost = costs.drafts[index]
         gained = right / done.texts + 1
         self.purse = min(self.purse + SHARE * cost + gained - cost, PURSE)
